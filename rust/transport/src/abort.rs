@@ -1,0 +1,61 @@
+//! Whether a call should stop, readable from any thread and from native code.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use crate::segment::Segment;
+use crate::sync::{AtomicBool, AtomicU64, Ordering};
+
+/// What the worker's threads share: the shutdown flag and the progress counts.
+#[derive(Debug, Default)]
+pub(crate) struct Vitals {
+    pub(crate) shutdown: AtomicBool,
+    pub(crate) requests: AtomicU64,
+    pub(crate) replies: AtomicU64,
+    pub(crate) finished: AtomicU64,
+    pub(crate) polls: AtomicU64,
+    pub(crate) unexpected_control: AtomicU64,
+}
+
+/// Set once the worker shuts down or the call is cancelled; never cleared.
+///
+/// The host marks a cancelled call in the shared segment, so the mark is seen at the next look,
+/// whichever threads of the worker get to run.
+#[derive(Debug)]
+pub struct AbortToken {
+    vitals: Arc<Vitals>,
+    call: Option<(Segment, u32, u64)>,
+}
+
+impl AbortToken {
+    pub(crate) fn of_worker(vitals: Arc<Vitals>) -> Self {
+        Self { vitals, call: None }
+    }
+
+    pub(crate) fn of_call(vitals: Arc<Vitals>, segment: Segment, slot: u32, call: u64) -> Self {
+        Self { vitals, call: Some((segment, slot, call)) }
+    }
+
+    /// Whether the host has cancelled this token's call.
+    pub fn is_cancelled(&self) -> bool {
+        self.call.as_ref().is_some_and(|(segment, slot, call)| {
+            segment.slot(*slot).cancelled.load(Ordering::Relaxed) == *call
+        })
+    }
+
+    /// Whether work for this token should stop.
+    pub fn is_set(&self) -> bool {
+        self.vitals.shutdown.load(Ordering::Relaxed) || self.is_cancelled()
+    }
+
+    /// For native code: whether to abort. Each look counts as progress.
+    ///
+    /// # Safety
+    /// `token` must point to a live [`AbortToken`].
+    pub unsafe extern "C" fn poll(token: *mut c_void) -> bool {
+        // SAFETY: the caller's promise.
+        let token = unsafe { &*token.cast::<Self>() };
+        token.vitals.polls.fetch_add(1, Ordering::Relaxed);
+        token.is_set()
+    }
+}

@@ -1,0 +1,367 @@
+//! The host's record of its calls: which exist, what has arrived for each, how each ended.
+//!
+//! A call has exactly one [`Outcome`]. It can be decided here (cancelled, peer died) before the
+//! worker has finished with the call; the call's slot stays taken until the worker has, so that a
+//! slot never speaks of two calls at once, and what arrives late is recognised and dropped.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::assemble::Frame;
+use crate::control::Progress;
+use crate::error::{Error, Result, Violation};
+use crate::flow::{self, WINDOW};
+use crate::notify::Notifier;
+use crate::record::{FIRST, Header, Kind, LAST};
+use crate::segment::SLOTS;
+
+/// How a call ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The handler returned.
+    Ended,
+    /// The handler raised; the frame says what.
+    Failed(Frame),
+    /// A ping's answer.
+    Pong(Progress),
+    /// A shutdown's answer.
+    Acknowledged,
+    /// Cancelled on this side.
+    Cancelled,
+    /// The channel ended first.
+    Lost(End),
+}
+
+/// How a channel ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The worker is gone.
+    PeerDied,
+    /// The worker broke the format.
+    Violated(Violation),
+    /// Closed on this side.
+    Closed,
+}
+
+impl From<End> for Error {
+    fn from(end: End) -> Self {
+        match end {
+            End::PeerDied => Self::PeerDied,
+            End::Violated(violation) => Self::Protocol(violation),
+            End::Closed => Self::Closed,
+        }
+    }
+}
+
+/// The next thing that happened to a call.
+#[derive(Debug)]
+pub enum Event {
+    /// One item of the answer.
+    Data(Frame),
+    /// The end; nothing follows.
+    Done(Outcome),
+}
+
+#[derive(Default)]
+struct Call {
+    /// Held from opening until the worker's last frame; control questions have none.
+    slot: Option<u32>,
+    /// Whether the request is out; before, the worker can't know the call.
+    sent: bool,
+    frames: VecDeque<Frame>,
+    outcome: Option<Outcome>,
+    /// Nobody will ask for the outcome any more.
+    abandoned: bool,
+    received: u64,
+    consumed: u64,
+    next_sequence: u32,
+    waiter: Option<Arc<Notifier>>,
+}
+
+impl Call {
+    fn notify(&self, id: u64, me: Option<&Arc<Notifier>>) {
+        if let Some(waiter) = &self.waiter {
+            waiter.notify(id, me.is_some_and(|me| Arc::ptr_eq(me, waiter)));
+        }
+    }
+}
+
+/// What the caller of [`Calls`] has to tell the worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SlotUpdate {
+    /// So much of the slot's answer has been consumed.
+    Consumed { slot: u32, bytes: u64 },
+    /// The slot's call is cancelled.
+    Cancelled { slot: u32, call: u64 },
+}
+
+/// See the module's text.
+pub struct Calls {
+    table: HashMap<u64, Call>,
+    next_id: u64,
+    free_slots: Vec<u32>,
+    end: Option<End>,
+    space_waiters: Vec<Arc<Notifier>>,
+    /// Requests given up half sent, of which the worker is still to be told.
+    pub withdrawn: Vec<(u64, u32)>,
+    /// Frames that arrived for calls given up before.
+    pub dropped_late: u64,
+}
+
+impl Calls {
+    pub fn new() -> Self {
+        Self {
+            table: HashMap::new(),
+            // A slot whose word for the cancelled call is zero names no call.
+            next_id: 1,
+            free_slots: (0..SLOTS).rev().collect(),
+            end: None,
+            space_waiters: Vec::new(),
+            withdrawn: Vec::new(),
+            dropped_late: 0,
+        }
+    }
+
+    pub fn end(&self) -> Option<End> {
+        self.end
+    }
+
+    /// Calls that have no outcome yet; questions on the control plane are none.
+    pub fn undecided(&self) -> Vec<u64> {
+        let undecided = |call: &Call| call.slot.is_some() && call.outcome.is_none();
+        self.table.iter().filter(|(_, call)| undecided(call)).map(|(&id, _)| id).collect()
+    }
+
+    /// Opens a call, or says that every slot is taken.
+    pub fn open(&mut self) -> Result<Option<(u64, u32)>> {
+        self.check_open()?;
+        let Some(slot) = self.free_slots.pop() else { return Ok(None) };
+        let id = self.insert(Call { slot: Some(slot), ..Call::default() });
+        Ok(Some((id, slot)))
+    }
+
+    /// Opens a question on the control plane; its id is the nonce.
+    pub fn open_control(&mut self) -> Result<u64> {
+        self.check_open()?;
+        Ok(self.insert(Call { sent: true, ..Call::default() }))
+    }
+
+    pub fn has_free_slot(&self) -> bool {
+        !self.free_slots.is_empty()
+    }
+
+    fn check_open(&self) -> Result<()> {
+        self.end.map_or(Ok(()), |end| Err(end.into()))
+    }
+
+    fn insert(&mut self, call: Call) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.table.insert(id, call);
+        id
+    }
+
+    /// Whether the call can still be sent: it has no outcome yet.
+    pub fn is_undecided(&self, id: u64) -> bool {
+        self.table.get(&id).is_some_and(|call| call.outcome.is_none())
+    }
+
+    /// Whether nothing can happen to the call any more: its end was taken, or it never was.
+    pub fn is_over(&self, id: u64) -> bool {
+        self.table.get(&id).is_none_or(|call| call.abandoned && call.outcome.is_none())
+    }
+
+    /// Notes that part of the request is with the worker, so that it will answer.
+    pub fn mark_sent(&mut self, id: u64) {
+        if let Some(call) = self.table.get_mut(&id) {
+            call.sent = true;
+        }
+    }
+
+    /// Says who is to be told when something happens to the call.
+    pub fn set_waiter(&mut self, id: u64, waiter: Option<&Arc<Notifier>>) {
+        if let Some(call) = self.table.get_mut(&id) {
+            call.waiter = waiter.cloned();
+        }
+    }
+
+    fn other_waiters<'a>(&'a self, me: &'a Arc<Notifier>) -> impl Iterator<Item = &'a Arc<Notifier>> {
+        let of_calls = self.table.values().filter_map(|call| call.waiter.as_ref());
+        of_calls.chain(&self.space_waiters).filter(move |waiter| !Arc::ptr_eq(waiter, me))
+    }
+
+    /// Whether anybody but `me` waits on this channel.
+    pub fn has_other_waiter(&self, me: &Arc<Notifier>) -> bool {
+        self.other_waiters(me).next().is_some()
+    }
+
+    /// Wakes somebody who can read the ring now that `me` stops: one thread, or the loops.
+    pub fn wake_successor(&self, me: &Arc<Notifier>) {
+        if let Some(thread) = self.other_waiters(me).find(|waiter| !waiter.is_loop()) {
+            thread.ring();
+        } else if !me.is_loop() {
+            // Loops watch the same descriptors, so one that stops needs to tell no other.
+            self.other_waiters(me).for_each(|waiter| waiter.ring());
+        }
+    }
+
+    /// Registers somebody who waits for a free slot or for space in the request ring.
+    pub fn add_space_waiter(&mut self, waiter: &Arc<Notifier>) {
+        self.remove_space_waiter(waiter);
+        self.space_waiters.push(Arc::clone(waiter));
+    }
+
+    /// Takes the registration back.
+    pub fn remove_space_waiter(&mut self, waiter: &Arc<Notifier>) {
+        self.space_waiters.retain(|other| !Arc::ptr_eq(other, waiter));
+    }
+
+    /// Checks that a record may come from the worker now, before its body is copied.
+    pub fn admit(&self, header: &Header) -> Result<(), Violation> {
+        if !matches!(header.kind, Kind::Data | Kind::End | Kind::Error) {
+            return Err(Violation::Kind);
+        }
+        let call = self.table.get(&header.call).ok_or(Violation::UnknownCall)?;
+        if call.slot != Some(header.slot) || !call.sent {
+            return Err(Violation::UnknownCall);
+        }
+        if header.sequence != call.next_sequence {
+            return Err(Violation::Sequence);
+        }
+        let unread = call.received - call.consumed;
+        if header.kind == Kind::Data && header.flags & FIRST != 0 && unread >= WINDOW {
+            return Err(Violation::Window);
+        }
+        Ok(())
+    }
+
+    /// Hands a frame whose records were admitted to its call.
+    pub fn deliver(&mut self, frame: Frame, me: &Arc<Notifier>) -> Result<(), Violation> {
+        let header = frame.header;
+        let call = self.table.get_mut(&header.call).ok_or(Violation::UnknownCall)?;
+        debug_assert!(header.flags & LAST != 0);
+        call.next_sequence = call.next_sequence.wrapping_add(1);
+        let late = call.outcome.is_some() || call.abandoned;
+        if late {
+            self.dropped_late += 1;
+        }
+        match header.kind {
+            Kind::Data if late => {}
+            Kind::Data => {
+                call.received += flow::cost(frame.body.len());
+                call.frames.push_back(frame);
+            }
+            kind => {
+                if !late {
+                    let failed = kind == Kind::Error;
+                    call.outcome =
+                        Some(if failed { Outcome::Failed(frame) } else { Outcome::Ended });
+                }
+                self.free_slots.extend(call.slot.take());
+            }
+        }
+        if !late {
+            call.notify(header.call, Some(me));
+        }
+        if header.kind.is_terminal() {
+            self.forget_if_over(header.call);
+            self.notify_space_waiters();
+        }
+        Ok(())
+    }
+
+    /// Takes an answer from the control plane. One to a question given up long ago is dropped.
+    pub fn answer(&mut self, id: u64, outcome: Outcome, me: &Arc<Notifier>) -> Result<(), Violation> {
+        if id >= self.next_id {
+            return Err(Violation::Control);
+        }
+        if let Some(call) = self.table.get_mut(&id) {
+            if call.slot.is_some() {
+                return Err(Violation::Control);
+            }
+            if call.outcome.is_none() {
+                call.outcome = Some(outcome);
+                call.notify(id, Some(me));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what happened next, if anything did.
+    pub fn take(&mut self, id: u64) -> Option<(Event, Option<SlotUpdate>)> {
+        let Some(call) = self.table.get_mut(&id) else {
+            // Given up by somebody else.
+            return Some((Event::Done(Outcome::Cancelled), None));
+        };
+        if let Some(frame) = call.frames.pop_front() {
+            call.consumed += flow::cost(frame.body.len());
+            let bytes = call.consumed;
+            let update = call.slot.map(|slot| SlotUpdate::Consumed { slot, bytes });
+            return Some((Event::Data(frame), update));
+        }
+        let outcome = call.outcome.take()?;
+        // The table keeps the call until the worker is done with it.
+        call.abandoned = true;
+        self.forget_if_over(id);
+        Some((Event::Done(outcome), None))
+    }
+
+    /// Decides the call's outcome as cancelled, unless it has one.
+    pub fn cancel(&mut self, id: u64) -> Option<SlotUpdate> {
+        let call = self.table.get_mut(&id)?;
+        if call.outcome.is_some() || call.abandoned {
+            return None;
+        }
+        call.frames.clear();
+        call.outcome = Some(Outcome::Cancelled);
+        call.notify(id, None);
+        if !call.sent {
+            self.free_slots.extend(call.slot.take());
+            self.notify_space_waiters();
+            return None;
+        }
+        call.slot.map(|slot| SlotUpdate::Cancelled { slot, call: id })
+    }
+
+    /// Gives the call up: cancels it if it is undecided, and nobody will ask for its outcome.
+    pub fn abandon(&mut self, id: u64) -> Option<SlotUpdate> {
+        let update = self.cancel(id);
+        if let Some(call) = self.table.get_mut(&id) {
+            call.frames.clear();
+            call.abandoned = true;
+            call.waiter = None;
+        }
+        self.forget_if_over(id);
+        update
+    }
+
+    /// Ends the channel: every call without an outcome is lost; what arrived before stays.
+    pub fn finish(&mut self, end: End) {
+        if self.end.is_some() {
+            return;
+        }
+        self.end = Some(end);
+        for (&id, call) in &mut self.table {
+            call.slot = None;
+            if call.outcome.is_none() && !call.abandoned {
+                call.outcome = Some(Outcome::Lost(end));
+                call.notify(id, None);
+            }
+        }
+        self.table.retain(|_, call| !call.abandoned);
+        self.notify_space_waiters();
+    }
+
+    /// Tells everybody who waits for space to look again.
+    pub fn notify_space_waiters(&mut self) {
+        for waiter in self.space_waiters.drain(..) {
+            waiter.notify(Notifier::SPACE, false);
+        }
+    }
+
+    fn forget_if_over(&mut self, id: u64) {
+        if self.table.get(&id).is_some_and(|call| call.abandoned && call.slot.is_none()) {
+            self.table.remove(&id);
+        }
+    }
+}

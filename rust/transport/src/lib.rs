@@ -1,0 +1,86 @@
+//! Framed shared memory between a host and one worker process.
+//!
+//! A host creates a [`Host`] channel, hands its descriptors to a child process, and the child
+//! attaches a [`Worker`] to them. Requests and answers travel as frames through two rings in one
+//! sealed segment ([`ring`], [`record`], [`segment`]); questions that must be answered whatever the
+//! worker is doing travel over a control socket ([`control`], [`heartbeat`]).
+//!
+//! Layers, each of which knows only those before it: `record` and `ring` (bytes), `assemble` and
+//! `body` (frames), `calls` and `flow` (calls), `host` and `worker` (waiting).
+
+#[cfg(not(loom))]
+mod abort;
+#[cfg(not(loom))]
+mod assemble;
+#[cfg(not(loom))]
+pub mod body;
+#[cfg(not(loom))]
+mod calls;
+pub mod control;
+mod error;
+#[cfg(not(loom))]
+mod flow;
+#[cfg(not(loom))]
+mod heartbeat;
+#[cfg(not(loom))]
+mod host;
+#[cfg(all(test, loom))]
+mod loom_models;
+#[cfg(not(loom))]
+mod notify;
+#[cfg(not(loom))]
+mod platform;
+pub mod record;
+pub mod ring;
+#[cfg(not(loom))]
+mod segment;
+#[cfg(not(loom))]
+mod spin;
+mod sync;
+#[cfg(not(loom))]
+mod worker;
+
+pub use error::{Error, Result, Violation};
+
+#[cfg(not(loom))]
+pub use self::{
+    abort::AbortToken,
+    assemble::{Assembler, Body, Frame},
+    calls::{End, Event, Outcome},
+    host::{Counters, Host, Outgoing},
+    notify::Notifier,
+    platform::SignalGate,
+    spin::WaitPolicy,
+    worker::{Inherited, ReplyPort, Worker},
+};
+
+/// What both ends of a channel agree on.
+#[cfg(not(loom))]
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Bytes of the largest frame.
+    pub frame_limit: usize,
+    /// How to wait.
+    pub wait: WaitPolicy,
+}
+
+/// How far one attempt to wait may go.
+#[cfg(not(loom))]
+#[derive(Debug, Clone, Copy)]
+pub enum Patience<'a> {
+    /// Spin if it pays, then fail with [`Error::WouldPark`].
+    Spin,
+    /// Sleep until something happens or the time has come.
+    Park {
+        /// When to fail with [`Error::TimedOut`].
+        until: Option<std::time::Instant>,
+        /// Lets signals through during the sleep only.
+        gate: Option<&'a SignalGate>,
+    },
+}
+
+/// Locks a mutex whose data stays consistent even if a holder panicked.
+#[cfg(not(loom))]
+pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,481 @@
+//! Models of the ring and of its park/wake protocol, which loom runs in every order that the
+//! memory model allows, up to a bound on preemptions (`LOOM_MAX_PREEMPTIONS`, 3 unless set).
+//!
+//! The code under test is the production ring; only the memory is loom's. Each 32 bytes of data are
+//! an `UnsafeCell` of loom's, which fails a model when two threads touch it unordered; a wake-up
+//! that gets lost leaves every thread blocked, which loom reports as a deadlock.
+
+use loom::cell::UnsafeCell;
+use loom::sync::{Arc, Condvar, Mutex};
+use loom::thread;
+
+use crate::record::{ALIGN, FIRST, HEADER, Header, Kind, LAST};
+use crate::ring::{Consumer, Memory, Producer, nudge};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+
+/// The smallest ring: four cells, so a record with a body takes half of it.
+const CAPACITY: usize = 4 * ALIGN;
+/// Bytes of body that make a record take half of the ring.
+const HALF: usize = CAPACITY / 2 - HEADER;
+
+struct Shared {
+    tail: AtomicU64,
+    head: AtomicU64,
+    consumer_armed: AtomicU32,
+    producer_armed: AtomicU32,
+    cells: Vec<UnsafeCell<[u8; ALIGN]>>,
+}
+
+// SAFETY: loom checks every access to the cells, which is what the models are for.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+#[derive(Clone)]
+struct Modelled(Arc<Shared>);
+
+impl Modelled {
+    fn new() -> Self {
+        Self(Arc::new(Shared {
+            tail: AtomicU64::new(0),
+            head: AtomicU64::new(0),
+            consumer_armed: AtomicU32::new(0),
+            producer_armed: AtomicU32::new(0),
+            cells: (0..CAPACITY / ALIGN)
+                .map(|_| UnsafeCell::new([0; ALIGN]))
+                .collect(),
+        }))
+    }
+
+    /// Splits `length` bytes from `offset` into the cells they lie in: the cell, where to start in
+    /// it, and the span of the whole.
+    fn pieces(
+        offset: usize,
+        length: usize,
+    ) -> impl Iterator<Item = (usize, usize, std::ops::Range<usize>)> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let position = offset + at;
+            let within = position % ALIGN;
+            let piece = at..length.min(at + ALIGN - within);
+            at = piece.end;
+            (!piece.is_empty()).then_some((position / ALIGN, within, piece))
+        })
+    }
+}
+
+// SAFETY: the words are the ring's own; cells are indexed with bounds checks, and a piece never
+// passes the end of its cell.
+unsafe impl Memory for Modelled {
+    fn tail(&self) -> &AtomicU64 {
+        &self.0.tail
+    }
+
+    fn head(&self) -> &AtomicU64 {
+        &self.0.head
+    }
+
+    fn consumer_armed(&self) -> &AtomicU32 {
+        &self.0.consumer_armed
+    }
+
+    fn producer_armed(&self) -> &AtomicU32 {
+        &self.0.producer_armed
+    }
+
+    fn capacity(&self) -> usize {
+        CAPACITY
+    }
+
+    unsafe fn write(&self, offset: usize, source: &[u8]) {
+        for (cell, within, piece) in Self::pieces(offset, source.len()) {
+            let source = &source[piece];
+            self.0.cells[cell].with_mut(|bytes| {
+                // SAFETY: loom has checked that the cell is this thread's.
+                unsafe { (&mut *bytes)[within..within + source.len()].copy_from_slice(source) }
+            });
+        }
+    }
+
+    unsafe fn read(&self, offset: usize, target: *mut u8, length: usize) {
+        for (cell, within, piece) in Self::pieces(offset, length) {
+            self.0.cells[cell].with(|bytes| {
+                // SAFETY: loom has checked that nobody writes to the cell; the caller vouches for
+                // the target.
+                unsafe {
+                    let source = &(&*bytes)[within..within + piece.len()];
+                    target
+                        .add(piece.start)
+                        .copy_from_nonoverlapping(source.as_ptr(), source.len());
+                }
+            });
+        }
+    }
+}
+
+/// As the eventfd of production: rings are not lost, and one wait takes all of them.
+#[derive(Clone)]
+struct Bell(Arc<(Mutex<bool>, Condvar)>);
+
+impl Bell {
+    fn new() -> Self {
+        Self(Arc::new((Mutex::new(false), Condvar::new())))
+    }
+
+    fn ring(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_one();
+    }
+
+    fn wait(&self) {
+        let mut rung = self.0.0.lock().unwrap();
+        while !*rung {
+            rung = self.0.1.wait(rung).unwrap();
+        }
+        *rung = false;
+    }
+}
+
+/// What happened in any of a model's executions, to prove that the model reaches what it is about.
+#[derive(Default)]
+struct Seen {
+    executions: std::sync::atomic::AtomicUsize,
+    sleeps: std::sync::atomic::AtomicUsize,
+    spared: std::sync::atomic::AtomicUsize,
+}
+
+impl Seen {
+    fn count(counter: &std::sync::atomic::AtomicUsize) {
+        counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Notes how an attempt to arm ended, and passes that on.
+    fn armed(&self, armed: bool) -> bool {
+        Self::count(if armed { &self.sleeps } else { &self.spared });
+        armed
+    }
+}
+
+/// Runs the model in every order and returns how often it ran, slept and was spared a sleep.
+fn explore(
+    name: &str,
+    model: impl Fn(&std::sync::Arc<Seen>) + Send + Sync + 'static,
+) -> (usize, usize, usize) {
+    let seen = std::sync::Arc::new(Seen::default());
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound.get_or_insert(3);
+    builder.check({
+        let seen = std::sync::Arc::clone(&seen);
+        move || {
+            Seen::count(&seen.executions);
+            model(&seen);
+        }
+    });
+    let read = |counter: &std::sync::atomic::AtomicUsize| {
+        counter.load(std::sync::atomic::Ordering::Relaxed)
+    };
+    let counts = (
+        read(&seen.executions),
+        read(&seen.sleeps),
+        read(&seen.spared),
+    );
+    let (executions, sleeps, spared) = counts;
+    println!("{name}: {executions} executions, {sleeps} sleeps, {spared} spared");
+    counts
+}
+
+/// For models with a sleeper: both outcomes of arming must have come up.
+fn assert_slept_and_was_spared((executions, sleeps, spared): (usize, usize, usize)) {
+    assert!(executions > 10, "only {executions} executions");
+    assert!(
+        sleeps > 0 && spared > 0,
+        "{sleeps} sleeps, {spared} spared of one"
+    );
+}
+
+fn body(sequence: u32, length: usize) -> Vec<u8> {
+    (0..length)
+        .map(|at| (sequence as usize * 37 + at + 1) as u8)
+        .collect()
+}
+
+/// Pushes record number `sequence`; `None` when the ring is full.
+fn try_push(ring: &mut Producer<Modelled>, sequence: u32, length: usize) -> Option<bool> {
+    let header = Header {
+        length: length as u32,
+        kind: Kind::Data,
+        flags: FIRST | LAST,
+        call: 7,
+        sequence,
+        slot: 0,
+        total: length as u64,
+    };
+    ring.push(&header, |write| {
+        let bytes = body(sequence, length);
+        let (start, end) = bytes.split_at(length / 3);
+        write(start);
+        write(end);
+    })
+    .unwrap()
+}
+
+/// Takes the next record, checks that it is number `sequence` with its body intact, and releases
+/// it; `None` when nothing is published.
+fn try_pop(ring: &mut Consumer<Modelled>, sequence: u32, length: usize) -> Option<bool> {
+    let record = ring.peek().unwrap()?;
+    assert_eq!(
+        (record.header.sequence, record.header.length as usize),
+        (sequence, length)
+    );
+    let mut bytes = vec![0; length];
+    // SAFETY: the target has the record's length, and the record is the last one peeked.
+    unsafe { ring.copy_body(&record, bytes.as_mut_ptr()) };
+    assert_eq!(bytes, body(sequence, length));
+    Some(ring.release(record))
+}
+
+fn push_or_sleep(
+    ring: &mut Producer<Modelled>,
+    (sequence, length): (u32, usize),
+    space: &Bell,
+    seen: &Seen,
+) -> bool {
+    loop {
+        if let Some(wanted) = try_push(ring, sequence, length) {
+            return wanted;
+        }
+        if seen.armed(ring.arm(|ring| ring.fits(length)).unwrap()) {
+            space.wait();
+            ring.disarm();
+        }
+    }
+}
+
+fn pop_or_sleep(
+    ring: &mut Consumer<Modelled>,
+    (sequence, length): (u32, usize),
+    published: &Bell,
+    seen: &Seen,
+) -> bool {
+    loop {
+        if let Some(wanted) = try_pop(ring, sequence, length) {
+            return wanted;
+        }
+        if seen.armed(ring.arm().unwrap()) {
+            published.wait();
+            ring.disarm();
+        }
+    }
+}
+
+/// (a) Records arrive in order with their bodies intact, past the end of the ring and its padding;
+/// SYNC POINTs A and B alone, without a fence or a doorbell that would order anything else.
+#[test]
+fn loom_records_arrive_in_order_across_the_wrap() {
+    // The third does not fit behind the first two: 32 bytes of padding go before it.
+    const LENGTHS: [usize; 4] = [0, HALF, HALF - 5, 0];
+    let (executions, ..) = explore("in order", |_| {
+        let memory = Modelled::new();
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory.clone());
+        let producer = thread::spawn(move || {
+            for (sequence, length) in (0..).zip(LENGTHS) {
+                while try_push(&mut writer, sequence, length).is_none() {
+                    thread::yield_now();
+                }
+            }
+        });
+        for (sequence, length) in (0..).zip(LENGTHS) {
+            while try_pop(&mut reader, sequence, length).is_none() {
+                thread::yield_now();
+            }
+        }
+        producer.join().unwrap();
+        assert!(reader.peek().unwrap().is_none());
+        assert_eq!(
+            memory.tail().load(Ordering::Relaxed),
+            32 + 64 + 32 + 64 + 32
+        );
+    });
+    assert!(executions > 10, "only {executions} executions");
+}
+
+/// (b) A consumer that sleeps on an empty ring is woken for every record: SYNC POINT C.
+#[test]
+fn loom_sleeping_consumer_is_woken() {
+    let counts = explore("sleeping consumer", |seen| {
+        let memory = Modelled::new();
+        let published = Bell::new();
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory);
+        let producer = {
+            let published = published.clone();
+            thread::spawn(move || {
+                for sequence in 0..2 {
+                    if try_push(&mut writer, sequence, 0).expect("space for both") {
+                        published.ring();
+                    }
+                }
+            })
+        };
+        for sequence in 0..2 {
+            pop_or_sleep(&mut reader, (sequence, 0), &published, seen);
+        }
+        producer.join().unwrap();
+    });
+    assert_slept_and_was_spared(counts);
+}
+
+/// (b) A consumer whose sleep ends early takes its flag down and may sleep again; a ring for the
+/// first sleep never stands in for the second.
+#[test]
+fn loom_consumer_that_gave_up_is_woken_the_next_time() {
+    let counts = explore("consumer that gave up", |seen| {
+        let memory = Modelled::new();
+        let published = Bell::new();
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory);
+        let producer = {
+            let published = published.clone();
+            thread::spawn(move || {
+                if try_push(&mut writer, 0, 0).expect("an empty ring") {
+                    published.ring();
+                }
+            })
+        };
+        if reader.arm().unwrap() {
+            reader.disarm();
+        }
+        pop_or_sleep(&mut reader, (0, 0), &published, seen);
+        producer.join().unwrap();
+    });
+    assert_slept_and_was_spared(counts);
+}
+
+/// (c) A producer that sleeps on a full ring is woken when a record is released: SYNC POINT D.
+#[test]
+fn loom_sleeping_producer_is_woken() {
+    let counts = explore("sleeping producer", |seen| {
+        let memory = Modelled::new();
+        let space = Bell::new();
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory);
+        for sequence in 0..2 {
+            assert_eq!(try_push(&mut writer, sequence, HALF), Some(false));
+        }
+        let consumer = {
+            let space = space.clone();
+            thread::spawn(move || {
+                for sequence in 0..2 {
+                    if try_pop(&mut reader, sequence, HALF).expect("written before") {
+                        space.ring();
+                    }
+                }
+                reader
+            })
+        };
+        for sequence in 2..4 {
+            push_or_sleep(&mut writer, (sequence, HALF), &space, seen);
+        }
+        let mut reader = consumer.join().unwrap();
+        for sequence in 2..4 {
+            assert!(try_pop(&mut reader, sequence, HALF).is_some());
+        }
+    });
+    assert_slept_and_was_spared(counts);
+}
+
+/// (d) A producer that sleeps until the other side grants credit in a word of its own is woken by
+/// [`nudge`]: SYNC POINT D for anything but the ring's head.
+#[test]
+fn loom_producer_that_waits_for_credit_is_woken() {
+    const ENOUGH: u64 = 2;
+    let counts = explore("credit", |seen| {
+        let memory = Modelled::new();
+        let credit = Arc::new(AtomicU64::new(0));
+        let space = Bell::new();
+        let mut writer = Producer::new(memory.clone());
+        let host = {
+            let (credit, space) = (Arc::clone(&credit), space.clone());
+            thread::spawn(move || {
+                for granted in 1..=ENOUGH {
+                    credit.store(granted, Ordering::Release);
+                    if nudge(&memory) {
+                        space.ring();
+                    }
+                }
+            })
+        };
+        let enough = || credit.load(Ordering::Acquire) >= ENOUGH;
+        while !enough() {
+            if seen.armed(writer.arm(|_| Ok(enough())).unwrap()) {
+                space.wait();
+                writer.disarm();
+            }
+        }
+        assert!(try_push(&mut writer, 0, 0).is_some());
+        host.join().unwrap();
+    });
+    assert_slept_and_was_spared(counts);
+}
+
+/// (e) Both sides sleep on one ring, one when it is full and one when it is empty.
+#[test]
+fn loom_both_sides_sleep_on_one_ring() {
+    const LENGTHS: [usize; 4] = [HALF, 0, HALF, HALF];
+    let counts = explore("both sides", |seen| {
+        let memory = Modelled::new();
+        let (published, space) = (Bell::new(), Bell::new());
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory);
+        let producer = {
+            let (published, space, seen) = (published.clone(), space.clone(), seen.clone());
+            thread::spawn(move || {
+                for record in (0..).zip(LENGTHS) {
+                    if push_or_sleep(&mut writer, record, &space, &seen) {
+                        published.ring();
+                    }
+                }
+            })
+        };
+        for record in (0..).zip(LENGTHS) {
+            if pop_or_sleep(&mut reader, record, &published, seen) {
+                space.ring();
+            }
+        }
+        producer.join().unwrap();
+    });
+    assert_slept_and_was_spared(counts);
+}
+
+/// (e) Question and answer over two rings: each side sleeps until the other has spoken.
+#[test]
+fn loom_ping_pong() {
+    let counts = explore("ping-pong", |seen| {
+        let (questions, answers) = (Modelled::new(), Modelled::new());
+        let (asked, answered) = (Bell::new(), Bell::new());
+        let mut ask = Producer::new(questions.clone());
+        let mut hear = Consumer::new(questions);
+        let mut answer = Producer::new(answers.clone());
+        let mut listen = Consumer::new(answers);
+        let worker = {
+            let (asked, answered, seen) = (asked.clone(), answered.clone(), seen.clone());
+            thread::spawn(move || {
+                for round in 0..2 {
+                    pop_or_sleep(&mut hear, (round, 0), &asked, &seen);
+                    if try_push(&mut answer, round, HALF).expect("space for one") {
+                        answered.ring();
+                    }
+                }
+            })
+        };
+        for round in 0..2 {
+            if try_push(&mut ask, round, 0).expect("space for one") {
+                asked.ring();
+            }
+            pop_or_sleep(&mut listen, (round, HALF), &answered, seen);
+        }
+        worker.join().unwrap();
+    });
+    assert_slept_and_was_spared(counts);
+}

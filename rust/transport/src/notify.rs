@@ -1,0 +1,75 @@
+//! Who is told when something happens to a call: a thread that sleeps, or an event loop.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::Result;
+use crate::platform::Doorbell;
+
+/// A doorbell inside this process, and for an event loop the list of what rang it.
+#[derive(Debug)]
+pub struct Notifier {
+    bell: Doorbell,
+    ready: Option<Mutex<Vec<u64>>>,
+}
+
+impl Notifier {
+    /// Stands for "there may be space to send" in the list that [`Self::take_ready`] returns.
+    pub const SPACE: u64 = u64::MAX;
+
+    /// For an event loop, which watches the descriptor and asks what is ready.
+    pub fn for_loop() -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { bell: Doorbell::new()?, ready: Some(Mutex::default()) }))
+    }
+
+    /// The calling thread's own, made when it first waits.
+    pub(crate) fn of_thread() -> Result<Arc<Self>> {
+        thread_local! {
+            static OWN: std::cell::OnceCell<Arc<Notifier>> = const { std::cell::OnceCell::new() };
+        }
+        OWN.with(|own| {
+            if let Some(notifier) = own.get() {
+                return Ok(Arc::clone(notifier));
+            }
+            let notifier = Arc::new(Self { bell: Doorbell::new()?, ready: None });
+            Ok(Arc::clone(own.get_or_init(|| notifier)))
+        })
+    }
+
+    /// Calls that became ready since the last time, [`Self::SPACE`] among them.
+    pub fn take_ready(&self) -> Vec<u64> {
+        self.bell.drain();
+        self.ready.as_ref().map_or_else(Vec::new, |ready| {
+            std::mem::take(&mut *ready.lock().unwrap_or_else(PoisonError::into_inner))
+        })
+    }
+
+    pub(crate) fn is_loop(&self) -> bool {
+        self.ready.is_some()
+    }
+
+    /// Notes that call `id` has something; `awake` leaves out the ring, for one that tells itself.
+    pub(crate) fn notify(&self, id: u64, awake: bool) {
+        if let Some(ready) = &self.ready {
+            ready.lock().unwrap_or_else(PoisonError::into_inner).push(id);
+        }
+        if !awake {
+            self.bell.ring();
+        }
+    }
+
+    /// Asks the waiter to come and look, with nothing for it in particular.
+    pub(crate) fn ring(&self) {
+        self.bell.ring();
+    }
+
+    pub(crate) fn drain(&self) {
+        self.bell.drain();
+    }
+}
+
+impl AsFd for Notifier {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}

@@ -1,0 +1,319 @@
+//! The worker's end of a channel.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use crate::abort::{AbortToken, Vitals};
+use crate::assemble::{Assembler, Frame, fragment};
+use crate::body::Gather;
+use crate::error::{Error, Result, Violation};
+use crate::flow::{self, WINDOW};
+use crate::heartbeat::Heartbeat;
+use crate::lock;
+use crate::platform::{self, Doorbell, SignalGate};
+use crate::record::{Header, Kind};
+use crate::ring::{Consumer, Producer};
+use crate::segment::{RingMemory, SLOTS, Segment};
+use crate::spin::Spinner;
+use crate::sync::Ordering;
+use crate::{Patience, Settings};
+
+/// The descriptors that a worker inherits.
+#[derive(Debug)]
+pub struct Inherited {
+    /// The shared segment.
+    pub segment: OwnedFd,
+    /// The control socket.
+    pub control: OwnedFd,
+    /// Rung for the host.
+    pub host_bell: OwnedFd,
+    /// Rung by the host for a new request.
+    pub request_bell: OwnedFd,
+    /// Rung by the host for space, credit and cancellation.
+    pub space_bell: OwnedFd,
+}
+
+struct Inbox {
+    ring: Consumer<RingMemory>,
+    assembler: Assembler,
+    spinner: Spinner,
+    seen_unexpected: u64,
+}
+
+/// See the module's text. One thread receives; any thread may send.
+pub struct Worker {
+    segment: Segment,
+    vitals: Arc<Vitals>,
+    inbox: Mutex<Inbox>,
+    outbox: Mutex<Producer<RingMemory>>,
+    host_bell: Doorbell,
+    request_bell: Arc<Doorbell>,
+    space_bell: Arc<Doorbell>,
+    heartbeat: Mutex<Option<Heartbeat>>,
+    frame_limit: usize,
+}
+
+impl Worker {
+    /// Attaches to what the host handed down and starts the heartbeat thread, which ends the
+    /// process when the host, `host_pid`, dies.
+    pub fn attach(inherited: Inherited, host_pid: i32, settings: Settings) -> Result<Arc<Self>> {
+        let segment = Segment::open(inherited.segment.as_fd())?;
+        let vitals = Arc::new(Vitals::default());
+        let request_bell = Arc::new(Doorbell::from_fd(inherited.request_bell));
+        let space_bell = Arc::new(Doorbell::from_fd(inherited.space_bell));
+        let bells = vec![Arc::clone(&request_bell), Arc::clone(&space_bell)];
+        let heartbeat =
+            Heartbeat::start(inherited.control, host_pid, Arc::clone(&vitals), bells)?;
+        Ok(Arc::new(Self {
+            inbox: Mutex::new(Inbox {
+                ring: Consumer::new(segment.requests()),
+                assembler: Assembler::new(settings.frame_limit),
+                spinner: Spinner::new(settings.wait),
+                seen_unexpected: 0,
+            }),
+            outbox: Mutex::new(Producer::new(segment.replies())),
+            segment,
+            vitals,
+            host_bell: Doorbell::from_fd(inherited.host_bell),
+            request_bell,
+            space_bell,
+            heartbeat: Mutex::new(Some(heartbeat)),
+            frame_limit: settings.frame_limit,
+        }))
+    }
+
+    /// The next request, or `None` when there is something else to look at: the worker is to shut
+    /// down, or [`Self::unexpected_control`] has grown.
+    pub fn receive(&self, patience: Patience<'_>) -> Result<Option<Frame>> {
+        let mut inbox = lock(&self.inbox);
+        loop {
+            let unexpected = self.unexpected_control();
+            if self.is_shutting_down() || unexpected != inbox.seen_unexpected {
+                inbox.seen_unexpected = unexpected;
+                return Ok(None);
+            }
+            if let Some(frame) = self.take_request(&mut inbox)? {
+                self.vitals.requests.fetch_add(1, Ordering::Relaxed);
+                return Ok(Some(frame));
+            }
+            let Inbox { ring, spinner, .. } = &mut *inbox;
+            match patience {
+                Patience::Spin => {
+                    if !spinner.spin(|| ring.is_ready() || self.is_shutting_down()) {
+                        return Err(Error::WouldPark);
+                    }
+                }
+                Patience::Park { until, gate } => {
+                    if inbox.ring.arm()? {
+                        let woken = park(&self.request_bell, until, gate);
+                        inbox.ring.disarm();
+                        woken?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_request(&self, inbox: &mut Inbox) -> Result<Option<Frame>> {
+        while let Some(record) = inbox.ring.peek()? {
+            let header = record.header;
+            if header.kind != Kind::Request || header.slot >= SLOTS || header.sequence != 0 {
+                return Err(Violation::Kind.into());
+            }
+            let frame = inbox.assembler.accept(&inbox.ring, &record)?;
+            if inbox.ring.release(record) {
+                self.host_bell.ring();
+            }
+            if frame.is_some() {
+                return Ok(frame);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the host asked the worker to end.
+    pub fn is_shutting_down(&self) -> bool {
+        self.vitals.shutdown.load(Ordering::Relaxed)
+    }
+
+    /// Control messages so far that made no sense and were dropped.
+    pub fn unexpected_control(&self) -> u64 {
+        self.vitals.unexpected_control.load(Ordering::Relaxed)
+    }
+
+    /// Ends the worker from within, as if the host had asked.
+    pub fn shut_down(&self) {
+        self.vitals.shutdown.store(true, Ordering::Relaxed);
+        self.request_bell.ring();
+        self.space_bell.ring();
+    }
+
+    /// Set when the worker shuts down.
+    pub fn abort_token(&self) -> AbortToken {
+        AbortToken::of_worker(Arc::clone(&self.vitals))
+    }
+
+    /// Ends the heartbeat thread and waits for it.
+    pub fn join_heartbeat(&self) {
+        if let Some(heartbeat) = lock(&self.heartbeat).take() {
+            heartbeat.join();
+        }
+    }
+}
+
+/// Where the answers to one request go. Frames carry the call's id and count up by construction.
+pub struct ReplyPort {
+    worker: Arc<Worker>,
+    call: u64,
+    slot: u32,
+    state: Mutex<ReplyState>,
+}
+
+#[derive(Default)]
+struct ReplyState {
+    next_sequence: u32,
+    sent: u64,
+    ended: bool,
+    /// Progress within a frame that did not fit at once.
+    at: Option<usize>,
+}
+
+impl ReplyPort {
+    /// For the request with this header.
+    pub fn new(worker: Arc<Worker>, request: &Header) -> Self {
+        Self { worker, call: request.call, slot: request.slot, state: Mutex::default() }
+    }
+
+    /// Id of the call.
+    pub fn call(&self) -> u64 {
+        self.call
+    }
+
+    /// Set when this call should stop.
+    pub fn abort_token(&self) -> AbortToken {
+        let worker = &self.worker;
+        AbortToken::of_call(
+            Arc::clone(&worker.vitals),
+            worker.segment.clone(),
+            self.slot,
+            self.call,
+        )
+    }
+
+    /// Sends one frame, waiting for the reader's window and for space in the ring. A wait that
+    /// ends early ([`Error::WouldPark`], [`Error::Interrupted`]) is continued by calling again with
+    /// the same arguments.
+    ///
+    /// Errors: [`Error::Cancelled`] when the call was given up and the frame is not its last,
+    /// [`Error::Closed`] after the last frame or on shutdown, [`Error::TooLarge`].
+    pub fn send(&self, kind: Kind, body: &Gather<'_>, patience: Patience<'_>) -> Result<()> {
+        if body.total() > self.worker.frame_limit {
+            return Err(Error::TooLarge { size: body.total(), limit: self.worker.frame_limit });
+        }
+        let mut state = lock(&self.state);
+        // Held while parked too: one sender at a time waits on the one doorbell.
+        let mut outbox = lock(&self.worker.outbox);
+        loop {
+            self.check_sendable(&mut state, kind)?;
+            if self.advance(&mut state, &mut outbox, kind, body)? {
+                return Ok(());
+            }
+            let Patience::Park { until, gate } = patience else {
+                return Err(Error::WouldPark);
+            };
+            let length = outbox.max_body();
+            // A frame that has to leave whatever happens goes on waiting after a cancellation.
+            let may_stop = state.at.is_none() && !kind.is_terminal();
+            let armed = outbox.arm(|ring| {
+                Ok(self.worker.is_shutting_down()
+                    || (may_stop && self.abort_token().is_cancelled())
+                    || (self.has_credit(&state, kind) && ring.fits(length)?))
+            })?;
+            if armed {
+                park(&self.worker.space_bell, until, gate)?;
+            } else if self.worker.is_shutting_down() {
+                // Nobody reads any more, so what does not fit now never will.
+                state.ended = true;
+            }
+        }
+    }
+
+    fn check_sendable(&self, state: &mut ReplyState, kind: Kind) -> Result<()> {
+        if state.ended {
+            return Err(Error::Closed);
+        }
+        // A frame that is partly out is finished, and a last frame always leaves.
+        if state.at.is_none() && !kind.is_terminal() {
+            let token = self.abort_token();
+            if token.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            if token.is_set() {
+                return Err(Error::Closed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what can be sent now; `true` when the frame is out.
+    fn advance(
+        &self,
+        state: &mut ReplyState,
+        outbox: &mut Producer<RingMemory>,
+        kind: Kind,
+        body: &Gather<'_>,
+    ) -> Result<bool> {
+        if !self.has_credit(state, kind) {
+            return Ok(false);
+        }
+        loop {
+            let at = state.at.unwrap_or(0);
+            let (flags, window) = fragment(body.total(), outbox.max_body(), at);
+            let header = Header {
+                // A window is at most a quarter of a ring of at most 2 GiB.
+                length: window.len() as u32,
+                kind,
+                flags,
+                call: self.call,
+                sequence: state.next_sequence,
+                slot: self.slot,
+                total: body.total() as u64,
+            };
+            let end = window.end;
+            let Some(ring) = outbox.push(&header, |write| body.copy(window, write))? else {
+                return Ok(false);
+            };
+            if ring {
+                self.worker.host_bell.ring();
+            }
+            if end == body.total() {
+                break;
+            }
+            state.at = Some(end);
+        }
+        state.at = None;
+        state.next_sequence = state.next_sequence.wrapping_add(1);
+        state.sent += flow::cost(body.total());
+        self.worker.vitals.replies.fetch_add(1, Ordering::Relaxed);
+        if kind.is_terminal() {
+            state.ended = true;
+            self.worker.vitals.finished.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(true)
+    }
+
+    fn has_credit(&self, state: &ReplyState, kind: Kind) -> bool {
+        let consumed = self.worker.segment.slot(self.slot).consumed.load(Ordering::Acquire);
+        kind.is_terminal() || state.at.is_some() || state.sent.saturating_sub(consumed) < WINDOW
+    }
+}
+
+fn park(bell: &Doorbell, until: Option<Instant>, gate: Option<&SignalGate>) -> Result<()> {
+    let [rung] = platform::wait([Some(bell.as_fd())], until, gate)?;
+    if !rung {
+        return Err(Error::TimedOut);
+    }
+    bell.drain();
+    Ok(())
+}
