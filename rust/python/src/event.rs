@@ -1,0 +1,106 @@
+//! What arrives: events of a call, with their bodies as buffers.
+
+use std::ffi::c_int;
+
+use inferpool_transport::body;
+use inferpool_transport::control::Progress;
+use inferpool_transport::{Body, Event, Frame, Outcome};
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyMemoryView, PySlice};
+
+use crate::python::Raised;
+
+/// Received bytes, as a writable buffer.
+#[pyclass(frozen, name = "Body", module = "inferpool._transport")]
+pub struct PyBody(Body);
+
+#[pymethods]
+impl PyBody {
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    /// # Safety
+    /// `view` comes from the interpreter.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let body = &slf.get().0;
+        let length = ffi::Py_ssize_t::try_from(body.len())
+            .map_err(|_| PyBufferError::new_err("body too large for a buffer"))?;
+        // SAFETY: the view holds a reference to `slf`, which keeps the bytes in place; nothing in
+        // Rust reads them after they were handed to Python.
+        let filled = unsafe {
+            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), body.as_mut_ptr().cast(), length, 0, flags)
+        };
+        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+    }
+}
+
+/// The parts of a frame's body, each a view of the same memory.
+pub fn parts<'py>(py: Python<'py>, frame: Frame) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let ranges = body::parse(frame.body.as_slice()).map_err(|error| Raised::from(inferpool_transport::Error::from(error)))?;
+    let whole = PyMemoryView::from(Bound::new(py, PyBody(frame.body))?.as_any())?;
+    let slice = |range: std::ops::Range<usize>| {
+        // A body is at most isize::MAX bytes, as every allocation is.
+        whole.get_item(PySlice::new(py, range.start as isize, range.end as isize, 1))
+    };
+    ranges.into_iter().map(slice).collect()
+}
+
+/// How far a worker has come. Each count only grows.
+#[pyclass(frozen, get_all, name = "Progress", module = "inferpool._transport")]
+pub struct PyProgress {
+    requests: u64,
+    replies: u64,
+    finished: u64,
+    polls: u64,
+}
+
+impl From<Progress> for PyProgress {
+    fn from(progress: Progress) -> Self {
+        let Progress { requests, replies, finished, polls } = progress;
+        Self { requests, replies, finished, polls }
+    }
+}
+
+/// The next thing that happened to a call.
+#[pyclass(frozen, get_all, name = "Event", module = "inferpool._transport")]
+pub struct PyEvent {
+    kind: &'static str,
+    parts: Vec<Py<PyAny>>,
+    progress: Option<Py<PyProgress>>,
+}
+
+impl PyEvent {
+    /// Converts an event; one that says that the channel ended becomes an error.
+    pub fn from_event(py: Python<'_>, event: Event) -> PyResult<Self> {
+        let plain = |kind| Self { kind, parts: Vec::new(), progress: None };
+        Ok(match event {
+            Event::Data(frame) => Self::with_parts(py, "data", frame)?,
+            Event::Done(Outcome::Failed(frame)) => Self::with_parts(py, "error", frame)?,
+            Event::Done(Outcome::Ended) => plain("end"),
+            Event::Done(Outcome::Acknowledged) => plain("ack"),
+            Event::Done(Outcome::Pong(progress)) => {
+                let progress = Py::new(py, PyProgress::from(progress))?;
+                Self { kind: "pong", parts: Vec::new(), progress: Some(progress) }
+            }
+            Event::Done(Outcome::Cancelled) => {
+                return Err(Raised::from(inferpool_transport::Error::Cancelled).into());
+            }
+            Event::Done(Outcome::Lost(end)) => {
+                return Err(Raised::from(inferpool_transport::Error::from(end)).into());
+            }
+        })
+    }
+
+    fn with_parts(py: Python<'_>, kind: &'static str, frame: Frame) -> PyResult<Self> {
+        let parts = parts(py, frame)?.into_iter().map(Bound::unbind).collect();
+        Ok(Self { kind, parts, progress: None })
+    }
+}
+

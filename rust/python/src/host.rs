@@ -1,0 +1,313 @@
+//! The host's classes.
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use inferpool_transport::control::Control;
+use inferpool_transport::{Error, Event, Host, Notifier, Outgoing};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::event::PyEvent;
+use crate::python::{Parts, Raised, deadline, patiently, settings};
+
+/// The doorbell of an event loop.
+#[pyclass(frozen, name = "LoopNotifier", module = "inferpool._transport")]
+pub struct PyLoopNotifier(Arc<Notifier>);
+
+#[pymethods]
+impl PyLoopNotifier {
+    #[classattr]
+    const SPACE: u64 = Notifier::SPACE;
+
+    #[new]
+    fn new() -> PyResult<Self> {
+        Ok(Self(Notifier::for_loop().map_err(Raised::from)?))
+    }
+
+    fn fileno(&self) -> i32 {
+        std::os::fd::AsFd::as_fd(&*self.0).as_raw_fd()
+    }
+
+    fn take_ready(&self) -> Vec<u64> {
+        self.0.take_ready()
+    }
+}
+
+/// The host's end of a channel.
+#[pyclass(frozen, name = "HostChannel", module = "inferpool._transport")]
+pub struct PyHostChannel(Arc<Host>);
+
+#[pymethods]
+impl PyHostChannel {
+    #[new]
+    #[pyo3(signature = (*, ring_capacity, frame_limit, wait))]
+    fn new(ring_capacity: usize, frame_limit: usize, wait: &str) -> PyResult<Self> {
+        let host = Host::create(ring_capacity, settings(frame_limit, wait)?);
+        Ok(Self(host.map_err(Raised::from)?))
+    }
+
+    fn worker_fds(&self) -> PyResult<[i32; 5]> {
+        let fds = self.0.with_inheritance(|fds| fds.map(|fd| fd.as_raw_fd()));
+        Ok(fds.map_err(Raised::from)?)
+    }
+
+    fn watch(&self, pid: i32) -> PyResult<()> {
+        Ok(self.0.watch(pid).map_err(Raised::from)?)
+    }
+
+    fn descriptors(&self) -> Vec<i32> {
+        self.0.descriptors().iter().map(AsRawFd::as_raw_fd).collect()
+    }
+
+    #[pyo3(signature = (parts, notifier=None))]
+    fn open(&self, parts: Parts, notifier: Option<&PyLoopNotifier>) -> PyCall {
+        PyCall {
+            host: Arc::clone(&self.0),
+            notifier: notifier.map(|notifier| Arc::clone(&notifier.0)),
+            state: Mutex::new(CallState {
+                unsent: Some((Outgoing::default(), parts)),
+                id: None,
+                finished: false,
+            }),
+            busy: false.into(),
+        }
+    }
+
+    #[pyo3(signature = (notifier=None))]
+    fn ping(&self, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
+        self.ask(Control::Ping, notifier)
+    }
+
+    #[pyo3(signature = (notifier=None))]
+    fn shutdown(&self, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
+        self.ask(Control::Shutdown, notifier)
+    }
+
+    fn look(&self, py: Python<'_>, notifier: &PyLoopNotifier) -> PyResult<bool> {
+        let notifier = &notifier.0;
+        Ok(py.detach(|| self.0.look(notifier)).map_err(Raised::from)?)
+    }
+
+    fn cancel_all(&self) -> usize {
+        self.0.cancel_all()
+    }
+
+    fn close(&self) {
+        self.0.close();
+    }
+
+    #[getter]
+    fn ended(&self) -> bool {
+        self.0.end().is_some()
+    }
+
+    #[pyo3(signature = (timeout=None))]
+    fn wait_death(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        let until = deadline(timeout)?;
+        loop {
+            match py.detach(|| self.0.wait_death(until)) {
+                Err(Error::Interrupted) => py.check_signals()?,
+                result => return Ok(result.map_err(Raised::from)?),
+            }
+        }
+    }
+
+    #[getter]
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = self.0.counters();
+        let dict = PyDict::new(py);
+        dict.set_item("frames_sent", counters.frames_sent)?;
+        dict.set_item("frames_received", counters.frames_received)?;
+        dict.set_item("parks", counters.parks)?;
+        dict.set_item("rings", counters.rings)?;
+        dict.set_item("dropped_late", counters.dropped_late)?;
+        Ok(dict)
+    }
+}
+
+impl PyHostChannel {
+    fn ask(&self, question: Control, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
+        let notifier = notifier.map(|notifier| Arc::clone(&notifier.0));
+        let id = self.0.ask(question, notifier.as_ref()).map_err(Raised::from)?;
+        let state = CallState { unsent: None, id: Some(id), finished: false };
+        let host = Arc::clone(&self.0);
+        Ok(PyCall { host, notifier, state: Mutex::new(state), busy: false.into() })
+    }
+}
+
+struct CallState {
+    /// The request, until it is all out.
+    unsent: Option<(Outgoing, Parts)>,
+    id: Option<u64>,
+    finished: bool,
+}
+
+/// One call.
+#[pyclass(frozen, name = "Call", module = "inferpool._transport")]
+pub struct PyCall {
+    host: Arc<Host>,
+    notifier: Option<Arc<Notifier>>,
+    state: Mutex<CallState>,
+    /// One thread at a time sends or waits.
+    #[allow(clippy::disallowed_types, reason = "private to this process; loom has no part in it")]
+    busy: std::sync::atomic::AtomicBool,
+}
+
+#[pymethods]
+impl PyCall {
+    #[getter]
+    fn id(&self) -> Option<u64> {
+        self.state().id
+    }
+
+    /// Sends what fits now.
+    fn try_send(&self, py: Python<'_>) -> PyResult<bool> {
+        let _turn = self.take_turn()?;
+        self.with_unsent(|outgoing, parts| {
+            let waiter = self.notifier.as_ref();
+            parts.with(py, |body| {
+                let sent = py.detach(|| self.host.try_send(outgoing, body, waiter));
+                Ok(sent.map_err(Raised::from)?)
+            })
+        })
+    }
+
+    fn await_space(&self) -> PyResult<bool> {
+        let _turn = self.take_turn()?;
+        let Some(waiter) = &self.notifier else {
+            return Err(PyRuntimeError::new_err("this call has no event loop"));
+        };
+        let state = self.state();
+        let Some((outgoing, _)) = &state.unsent else { return Ok(false) };
+        Ok(self.host.await_space(outgoing, waiter).map_err(Raised::from)?)
+    }
+
+    #[pyo3(signature = (timeout=None))]
+    fn send(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<()> {
+        let _turn = self.take_turn()?;
+        let until = deadline(timeout)?;
+        self.with_unsent(|outgoing, parts| {
+            parts.with(py, |body| {
+                patiently(py, until, |patience| {
+                    loop {
+                        let sent = self.host.try_send(outgoing, body, None);
+                        // From here on another thread can cancel the call.
+                        self.state().id = outgoing.call();
+                        if sent? {
+                            return Ok(true);
+                        }
+                        self.host.wait_to_send(outgoing, patience)?;
+                    }
+                })
+            })
+        })?;
+        Ok(())
+    }
+
+    fn poll(&self, py: Python<'_>) -> PyResult<Option<PyEvent>> {
+        let _turn = self.take_turn()?;
+        let Some(event) = self.host.poll(self.sent_id()?).map_err(Raised::from)? else {
+            return Ok(None);
+        };
+        self.arrived(py, event).map(Some)
+    }
+
+    #[pyo3(signature = (timeout=None))]
+    fn next(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<PyEvent> {
+        let _turn = self.take_turn()?;
+        let id = self.sent_id()?;
+        // An item of a stream is often there already; then the GIL need not be given away.
+        if let Some(event) = self.host.poll(id).map_err(Raised::from)? {
+            return self.arrived(py, event);
+        }
+        let until = deadline(timeout)?;
+        let event = patiently(py, until, |patience| self.host.wait(id, patience))?;
+        self.arrived(py, event)
+    }
+
+    fn cancel(&self) {
+        if let Some(id) = self.state().id {
+            self.host.cancel(id);
+        }
+    }
+
+    fn abandon(&self) {
+        // Whoever waits for the call must be told, and gives it up later.
+        let Ok(_turn) = self.take_turn() else { return self.cancel() };
+        let mut state = self.state();
+        if state.finished {
+            return;
+        }
+        state.finished = true;
+        match (&state.unsent, state.id) {
+            (Some((outgoing, _)), _) => self.host.withdraw(outgoing),
+            (None, Some(id)) => self.host.abandon(id),
+            (None, None) => {}
+        }
+    }
+}
+
+impl PyCall {
+    fn state(&self) -> std::sync::MutexGuard<'_, CallState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sent_id(&self) -> PyResult<u64> {
+        let state = self.state();
+        match state.id {
+            Some(id) if !state.finished => Ok(id),
+            _ => Err(PyRuntimeError::new_err("the call is not in flight")),
+        }
+    }
+
+    fn arrived(&self, py: Python<'_>, event: Event) -> PyResult<PyEvent> {
+        if matches!(event, Event::Done(_)) {
+            self.state().finished = true;
+        }
+        PyEvent::from_event(py, event)
+    }
+
+    /// Takes the unsent request out while `send` works on it, so that no lock is held without the
+    /// GIL, and puts it back if it is not all out.
+    fn with_unsent(
+        &self,
+        send: impl FnOnce(&mut Outgoing, &Parts) -> PyResult<bool>,
+    ) -> PyResult<bool> {
+        let Some((mut outgoing, parts)) = self.state().unsent.take() else { return Ok(true) };
+        let sent = send(&mut outgoing, &parts);
+        let mut state = self.state();
+        state.id = outgoing.call();
+        if !matches!(sent, Ok(true)) {
+            state.unsent = Some((outgoing, parts));
+        }
+        sent
+    }
+
+    fn take_turn(&self) -> PyResult<Turn<'_>> {
+        if self.busy.swap(true, Ordering::Acquire) {
+            return Err(PyRuntimeError::new_err("another thread is waiting for this call"));
+        }
+        Ok(Turn(self))
+    }
+}
+
+impl Drop for PyCall {
+    fn drop(&mut self) {
+        self.abandon();
+    }
+}
+
+struct Turn<'a>(&'a PyCall);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.busy.store(false, Ordering::Release);
+    }
+}
