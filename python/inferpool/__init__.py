@@ -1,0 +1,118 @@
+"""Local models for Python hosts, each role in its own process.
+
+    from inferpool import Pool
+
+    with Pool(chat="smollm2", embed="minilm") as pool:
+        vectors = pool.embed(["bees dance", "markets fall"])
+        for delta in pool.chat.stream("Why do bees dance?"):
+            print(delta.text, end="", flush=True)
+
+Names are imported when they are first used: a worker, which imports this package too, needs
+none of the host's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inferpool.config import ChatConfig, EmbedConfig, Role
+    from inferpool.errors import (
+        CallCancelled,
+        CallError,
+        CallTimeout,
+        ContextLengthExceeded,
+        InferpoolError,
+        ModelError,
+        ModelLoadError,
+        ModelNotFound,
+        PayloadTooLarge,
+        PoolClosed,
+        ProtocolError,
+        QueueFull,
+        RemoteError,
+        RoleDegraded,
+        WorkerCrashed,
+        WorkerError,
+        WorkerStartError,
+        WorkerStuck,
+    )
+    from inferpool.host.pool import AsyncPool, Pool
+    from inferpool.host.stream import AsyncStream, Stream
+    from inferpool.host.supervisor import RoleStatus
+    from inferpool.messages import ChatDelta, ChatResult, Timings, Usage
+
+_HOMES = {
+    "inferpool.config": ["ChatConfig", "EmbedConfig", "Role"],
+    "inferpool.errors": [
+        "CallCancelled",
+        "CallError",
+        "CallTimeout",
+        "ContextLengthExceeded",
+        "InferpoolError",
+        "ModelError",
+        "ModelLoadError",
+        "ModelNotFound",
+        "PayloadTooLarge",
+        "PoolClosed",
+        "ProtocolError",
+        "QueueFull",
+        "RemoteError",
+        "RoleDegraded",
+        "WorkerCrashed",
+        "WorkerError",
+        "WorkerStartError",
+        "WorkerStuck",
+    ],
+    "inferpool.host.pool": ["AsyncPool", "Pool"],
+    "inferpool.host.stream": ["AsyncStream", "Stream"],
+    "inferpool.host.supervisor": ["RoleStatus"],
+    "inferpool.messages": ["ChatDelta", "ChatResult", "Timings", "Usage"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AsyncPool",
+    "AsyncStream",
+    "CallCancelled",
+    "CallError",
+    "CallTimeout",
+    "ChatConfig",
+    "ChatDelta",
+    "ChatResult",
+    "ContextLengthExceeded",
+    "EmbedConfig",
+    "InferpoolError",
+    "ModelError",
+    "ModelLoadError",
+    "ModelNotFound",
+    "PayloadTooLarge",
+    "Pool",
+    "PoolClosed",
+    "ProtocolError",
+    "QueueFull",
+    "RemoteError",
+    "Role",
+    "RoleDegraded",
+    "RoleStatus",
+    "Stream",
+    "Timings",
+    "Usage",
+    "WorkerCrashed",
+    "WorkerError",
+    "WorkerStartError",
+    "WorkerStuck",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

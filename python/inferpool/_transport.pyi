@@ -1,0 +1,265 @@
+"""Framed shared memory between a host and one worker process.
+
+The Rust crate ``inferpool-transport`` behind a thin binding. Every method that can wait does so
+without the GIL, and runs Python's signal handlers when a signal arrives. Methods raise the
+errors of `inferpool.errors`; `PeerDied` stands for the death of the process at the other end.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, final
+
+from typing_extensions import Buffer
+
+@final
+class AbortToken:
+    """Set once a call, or the whole worker, should stop; never cleared."""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the host has cancelled this token's call."""
+
+    @property
+    def callback(self) -> int:
+        """Address of a C function ``bool (*)(void *)`` that says the same as `is_set`.
+
+        It needs no GIL and may be called from any thread. Each call counts as progress.
+        """
+
+    @property
+    def data(self) -> int:
+        """Address to pass to `callback`; valid while this object lives."""
+
+@final
+class Body:
+    """Received bytes, aligned to 64, as a writable buffer."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Progress:
+    """How far a worker has come. Each count only grows."""
+
+    @property
+    def requests(self) -> int:
+        """Requests that the worker has taken."""
+
+    @property
+    def replies(self) -> int:
+        """Frames that it has sent."""
+
+    @property
+    def finished(self) -> int:
+        """Requests that have ended."""
+
+    @property
+    def polls(self) -> int:
+        """Times that native code asked whether to abort."""
+
+@final
+class Event:
+    """The next thing that happened to a call."""
+
+    @property
+    def kind(self) -> Literal["data", "end", "error", "pong", "ack"]:
+        """One item of the answer, or how the call ended."""
+
+    @property
+    def parts(self) -> list[memoryview]:
+        """Parts of the frame of ``"data"`` and ``"error"``; views of one `Body`."""
+
+    @property
+    def progress(self) -> Progress | None:
+        """What a ``"pong"`` says."""
+
+@final
+class Call:
+    """One call. It is given up when the object goes. One thread at a time sends or waits."""
+
+    @property
+    def id(self) -> int | None:
+        """Unique within the channel; None until the request is under way."""
+
+    def send(self, timeout: float | None = None) -> None:
+        """Send the request, waiting for space while the worker is behind.
+
+        Raises:
+            CallTimeout: there was not enough space within `timeout` seconds.
+            CallCancelled: the call was cancelled meanwhile.
+            PayloadTooLarge: the request is above the frame limit.
+            PeerDied, PoolClosed, ProtocolError: the channel has ended.
+        """
+
+    def try_send(self) -> bool:
+        """Send what fits now, and say whether the request is all out. Raises as `send` does."""
+
+    def await_space(self) -> bool:
+        """Register this call's event loop for ``LoopNotifier.SPACE``; False: try again now."""
+
+    def next(self, timeout: float | None = None) -> Event:
+        """Wait for what happens next.
+
+        Raises:
+            CallTimeout: nothing did within `timeout` seconds. The call goes on.
+            CallCancelled: the call was cancelled.
+            PeerDied, PoolClosed, ProtocolError: the channel has ended.
+        """
+
+    def poll(self) -> Event | None:
+        """What happened next, or None. Never waits. Raises as `next` does."""
+
+    def cancel(self) -> None:
+        """End the call here at once and tell the worker. From any thread, any number of times."""
+
+    def abandon(self) -> None:
+        """Cancel the call and forget it. Does nothing once the call has ended."""
+
+@final
+class LoopNotifier:
+    """What an event loop watches, beside a channel's own descriptors."""
+
+    SPACE: int
+    """Stands, in the list of `take_ready`, for space to send."""
+
+    def __new__(cls) -> LoopNotifier: ...
+    def fileno(self) -> int:
+        """Readable while `take_ready` has something new."""
+
+    def take_ready(self) -> list[int]:
+        """Ids of the calls to which something happened since the last time."""
+
+@final
+class HostChannel:
+    """The host's end of a channel to one worker process. Any thread may use it."""
+
+    def __new__(
+        cls, *, ring_capacity: int, frame_limit: int, wait: str
+    ) -> HostChannel:
+        """Create the shared segment and everything else that the worker inherits.
+
+        Args:
+            ring_capacity: bytes of each of the two rings; a power of two.
+            frame_limit: bytes of the largest frame.
+            wait: ``"adaptive"`` or ``"park"``.
+
+        Raises:
+            ValueError: a value out of range.
+            OSError: the system has no more memory or descriptors.
+        """
+
+    def worker_fds(self) -> list[int]:
+        """Descriptors that the worker must inherit, in the order it expects them."""
+
+    def watch(self, pid: int) -> None:
+        """Watch the process that inherited them, and close what only it may keep open."""
+
+    def descriptors(self) -> list[int]:
+        """What an event loop should watch; when one is readable, call `look`."""
+
+    def open(self, parts: Sequence[Buffer], notifier: LoopNotifier | None = None) -> Call:
+        """Prepare a call whose request has these parts. Nothing is sent yet.
+
+        Args:
+            parts: C-contiguous buffers of bytes; they are held until the request is out.
+            notifier: told when the call has something, if an event loop will wait for it.
+        """
+
+    def ping(self, notifier: LoopNotifier | None = None) -> Call:
+        """Ask the worker's heartbeat how far it is; the answer is a ``"pong"``."""
+
+    def shutdown(self, notifier: LoopNotifier | None = None) -> Call:
+        """Ask the worker to end; the answer is an ``"ack"``."""
+
+    def look(self, notifier: LoopNotifier) -> bool:
+        """Hand out what has arrived, without waiting; False once the channel has ended.
+
+        Afterwards the next frame makes one of `descriptors` readable.
+        """
+
+    def cancel_all(self) -> int:
+        """Cancel every call in flight, and say how many those were."""
+
+    def close(self) -> None:
+        """End the channel here: every call in flight fails with `PoolClosed`."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the channel has ended, for whatever reason."""
+
+    def wait_death(self, timeout: float | None = None) -> bool:
+        """Wait for the watched process to end; False if it lives after `timeout` seconds."""
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that have not ended."""
+
+    def counters(self) -> dict[str, int]:
+        """Counts so far: frames sent and received, parks, rings, dropped late frames."""
+
+@final
+class Request:
+    """One request in the worker, and where its answer goes."""
+
+    @property
+    def parts(self) -> list[memoryview]:
+        """Parts of the frame; empty when the host gave the request up half sent."""
+
+    @property
+    def call(self) -> int:
+        """Id of the call."""
+
+    @property
+    def abort(self) -> AbortToken:
+        """Set when this call should stop."""
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Send one item of the answer, waiting while the reader is behind.
+
+        Raises:
+            CallCancelled: nobody waits for the answer any more.
+            PoolClosed: the worker shuts down, or the call has ended.
+            PayloadTooLarge: the item is above the frame limit.
+        """
+
+    def fail(self, parts: Sequence[Buffer]) -> None:
+        """End the call with an error that these parts describe."""
+
+    def end(self) -> None:
+        """End the call."""
+
+@final
+class WorkerChannel:
+    """The worker's end of a channel."""
+
+    def __new__(
+        cls, fds: Sequence[int], *, host_pid: int, frame_limit: int, wait: str
+    ) -> WorkerChannel:
+        """Take over the inherited descriptors and start the heartbeat thread.
+
+        From then on the process ends when the host does.
+        """
+
+    def receive(self) -> Request | None:
+        """Wait for a request; None when there is something else to look at."""
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether the worker should end."""
+
+    @property
+    def unexpected_control(self) -> int:
+        """Control messages that made no sense and were dropped."""
+
+    @property
+    def abort(self) -> AbortToken:
+        """Set when the worker should end."""
+
+    def shut_down(self) -> None:
+        """Make `shutting_down` true and wake whoever waits."""
+
+    def join_heartbeat(self) -> None:
+        """End the heartbeat thread."""
+

@@ -1,0 +1,166 @@
+"""Payloads to frames and back: one msgpack message, and raw buffers beside it.
+
+Arrays and long bytes do not pass through msgpack. They travel as parts of their own, copied
+once into the ring and once out of it; the message refers to them by index. Nothing here can
+run code or import a type that the other side names.
+
+A payload is any mix of None, bool, int (64 bits), float, str, bytes, list, tuple, dict with
+plain keys, dataclass, `msgspec.Struct` and `numpy.ndarray`. Dataclasses and Structs arrive as
+dicts of their fields; everything else arrives as what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from inferpool.errors import ProtocolError
+
+__all__ = ["Buffer", "decode", "decode_as", "encode"]
+
+T = TypeVar("T")
+
+Buffer = bytes | memoryview | np.ndarray
+
+# Codes of msgpack's extension type.
+_BYTES = 1
+_ARRAY = 2
+_TUPLE = 3
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
+# Shorter bytes cost less inside the message than as a part.
+_INLINE_BYTES = 1024
+_DTYPE_KINDS = frozenset("biufcSUmM")
+_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\d{0,9}[a-zA-Z]{1,7}\])?")
+
+_encode_message = msgspec.msgpack.Encoder().encode
+
+
+def encode(kind: str, payload: Any) -> list[Buffer]:
+    """Encode a payload of the given kind into the parts of a frame.
+
+    Raises:
+        TypeError: the payload holds something that is not in the list above.
+        ValueError: an int above 64 bits, a lone surrogate in a str, or nesting too deep.
+    """
+    parts: list[Buffer] = [b""]
+    try:
+        parts[0] = _encode_message([kind, _pack(payload, parts)])
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"payload cannot be encoded: {error}") from error
+    except RecursionError:
+        raise ValueError("payload is nested too deeply, or contains itself") from None
+    return parts
+
+
+def decode(parts: Sequence[Buffer]) -> tuple[str, Any]:
+    """Decode the parts of a frame into kind and payload. Arrays are views of their part.
+
+    Raises:
+        ProtocolError: the parts are not what `encode` makes.
+    """
+    try:
+        match msgspec.msgpack.decode(parts[0], ext_hook=partial(_unpack, parts)):
+            case [str(kind), payload]:
+                return kind, payload
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ProtocolError(f"undecodable payload: {error}") from error
+    raise ProtocolError("undecodable payload: not a pair of kind and payload")
+
+
+def decode_as(parts: Sequence[Buffer], message: type[T]) -> T:
+    """Decode the parts of a frame whose payload is a message of the given type.
+
+    Raises:
+        ProtocolError: the parts are not what `encode` makes of such a message.
+    """
+    try:
+        return msgspec.convert(decode(parts)[1], message)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"not a {message.__name__}: {error}") from error
+
+
+def _pack(value: Any, parts: list[Buffer]) -> Any:
+    """Replace what msgpack can't carry as it is, and refuse what it would change silently."""
+    cls = type(value)
+    if cls in _PLAIN:
+        return value
+    if cls is dict:
+        if not _PLAIN.issuperset(map(type, value)):
+            raise TypeError("payload keys must be None, bool, int, float or str")
+        return {key: _pack(item, parts) for key, item in value.items()}
+    if cls is list:
+        return _pack_items(value, parts)
+    if cls is tuple:
+        return msgspec.msgpack.Ext(_TUPLE, _encode_message(_pack_items(value, parts)))
+    if cls is bytes:
+        return value if len(value) < _INLINE_BYTES else _beside(_BYTES, [len(parts)], value, parts)
+    if cls is np.ndarray:
+        return _pack_array(value, parts)
+    if isinstance(value, msgspec.Struct):
+        return {name: _pack(getattr(value, name), parts) for name in value.__struct_fields__}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: _pack(getattr(value, field.name), parts) for field in fields}
+    raise TypeError(
+        f"a payload cannot hold {cls.__module__}.{cls.__qualname__}; it takes None, bool, int, "
+        "float, str, bytes, list, tuple, dict, dataclass, msgspec.Struct and numpy.ndarray"
+    )
+
+
+def _pack_items(items: Sequence[Any], parts: list[Buffer]) -> Sequence[Any]:
+    # One pass in C settles long lists of numbers or texts.
+    if _PLAIN.issuperset(map(type, items)):
+        return items
+    return [_pack(item, parts) for item in items]
+
+
+def _pack_array(array: np.ndarray, parts: list[Buffer]) -> msgspec.msgpack.Ext:
+    if array.dtype.kind not in _DTYPE_KINDS:
+        raise TypeError(f"a payload cannot hold an array of dtype {array.dtype}")
+    described = [len(parts), array.dtype.str, array.shape]
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return _beside(_ARRAY, described, flat.view(np.uint8) if flat.size else b"", parts)
+
+
+def _beside(
+    code: int, reference: Sequence[Any], buffer: Buffer, parts: list[Buffer]
+) -> msgspec.msgpack.Ext:
+    parts.append(buffer)
+    return msgspec.msgpack.Ext(code, _encode_message(reference))
+
+
+def _unpack(parts: Sequence[Buffer], code: int, data: memoryview) -> Any:
+    items = msgspec.msgpack.decode(data, ext_hook=partial(_unpack, parts))
+    if code == _TUPLE:
+        return tuple(items)
+    if code == _BYTES:
+        (index,) = items
+        return bytes(parts[_part(index, parts)])
+    if code == _ARRAY:
+        index, dtype, shape = items
+        return _unpack_array(parts[_part(index, parts)], dtype, shape)
+    raise ValueError(f"unknown extension {code}")
+
+
+def _part(index: Any, parts: Sequence[Buffer]) -> int:
+    if type(index) is not int or not 1 <= index < len(parts):
+        raise ValueError("reference to a part that does not exist")
+    return index
+
+
+def _unpack_array(part: Buffer, dtype_text: Any, shape: Any) -> np.ndarray:
+    # `numpy.dtype` accepts far more than the dtypes that may travel.
+    if not isinstance(dtype_text, str) or not _DTYPE.fullmatch(dtype_text):
+        raise ValueError(f"dtype {dtype_text!r} may not travel")
+    dtype = np.dtype(dtype_text)
+    if math.prod(shape) * dtype.itemsize != len(part):
+        raise ValueError("array and buffer differ in size")
+    return np.ndarray(tuple(shape), dtype, part)

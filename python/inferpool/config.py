@@ -1,0 +1,136 @@
+"""What a user may set, as frozen dataclasses. The only module that reads the environment.
+
+Names and defaults follow llama.cpp where it has a word for the thing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+__all__ = ["ChatConfig", "EmbedConfig", "PoolOptions", "Role", "cache_dir", "worker_environment"]
+
+
+# Above any real model's context (the largest known claims 10 Mi tokens). llama.cpp sets up
+# bookkeeping for whatever number it is given, before it finds that memory is short.
+MAX_CONTEXT_LENGTH = 1 << 24
+# GGML_MAX_N_THREADS: ggml aborts above it.
+_MAX_THREADS = 512
+
+
+def _check_range(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be between {least} and {most}, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LlamaConfig:
+    """What every llama.cpp role has in common."""
+
+    n_threads: int | None = None
+    """Threads for inference; None takes the CPUs this process may run on."""
+    n_gpu_layers: int = 0
+    """Layers kept on an accelerator; -1 means all."""
+    flash_attn: bool = True
+    """Flash attention. Packed batches are slower without it (see ARCHITECTURE.md)."""
+
+    def __post_init__(self) -> None:
+        if self.n_threads is not None:
+            _check_range("n_threads", self.n_threads, 1, _MAX_THREADS)
+        _check_range("n_gpu_layers", self.n_gpu_layers, -1, 1 << 16)
+
+
+@dataclass(frozen=True)
+class EmbedConfig(_LlamaConfig):
+    """The ``embed`` role: a model name or a path to a GGUF, and how to run it."""
+
+    model: str
+    """A known name (``"minilm"``) or a path to a GGUF file."""
+    n_batch: int = 2048
+    """Tokens decoded together at most, so also the longest text."""
+    n_seq_max: int = 64
+    """Texts decoded together at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
+        _check_range("n_seq_max", self.n_seq_max, 1, 256)  # LLAMA_MAX_SEQ
+
+
+@dataclass(frozen=True)
+class ChatConfig(_LlamaConfig):
+    """The ``chat`` role: a model name or a path to a GGUF, and how to run it."""
+
+    model: str
+    """A known name (``"smollm2"``) or a path to a GGUF file."""
+    n_ctx: int = 0
+    """Context length in tokens; 0 takes the length the model was trained with."""
+    n_batch: int = 512
+    """Tokens of a prompt decoded together at most."""
+    chat_template: str | None = None
+    """A jinja template to use in place of the model's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
+        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A custom role: a session and its handlers, named by import path.
+
+    Both paths have the form ``"package.module:attribute"`` and are imported in the
+    worker only. ``sys.path`` of the host is handed to the worker.
+    """
+
+    session: str
+    """Callable ``(role_config, abort) -> session``; a session has ``close()``."""
+    handlers: str
+    """Mapping of kind to ``(reply, payload, state) -> None``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Handed to the session factory as ``role_config.options``; any payload type."""
+
+    def __post_init__(self) -> None:
+        for name in ("session", "handlers"):
+            module, separator, attribute = getattr(self, name).partition(":")
+            if not (module and separator and attribute):
+                raise ValueError(
+                    f"{name} must look like 'package.module:attribute', not {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """What holds for every role of a pool."""
+
+    log_dir: Path | None = None
+    """Folder of ``worker-<role>.log``; None keeps only a bounded tail in memory."""
+    log_level: str = "INFO"
+    start_timeout: float = 120.0
+    """Seconds until a worker must have built its session."""
+    close_timeout: float = 2.0
+    """Seconds that a worker has to end by itself before it is killed."""
+    wait: str = "adaptive"
+    """``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins."""
+
+
+def cache_dir() -> Path:
+    """Folder for converted models: ``INFERPOOL_CACHE_DIR``, or the user's cache folder."""
+    override = os.environ.get("INFERPOOL_CACHE_DIR")
+    return Path(override) if override else platformdirs.user_cache_path("inferpool")
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment that workers are started with."""
+    environment = dict(os.environ)
+    # How long idle OpenMP threads spin before they sleep: long enough to bridge the gap
+    # between graph nodes, short enough that an idle worker uses no CPU. The default of
+    # libgomp and the passive policy are both slower (see ARCHITECTURE.md, "Measured").
+    environment.setdefault("GOMP_SPINCOUNT", "1000")
+    return environment

@@ -1,0 +1,175 @@
+"""The one exception tree of the package.
+
+::
+
+    InferpoolError
+    ├── WorkerError             the process behind a role
+    │   ├── WorkerStartError    it could not start or load its session
+    │   ├── WorkerCrashed       it died while calls were in flight
+    │   ├── WorkerStuck         it shows no progress
+    │   └── RoleDegraded        it crashed too often; see ``Pool.reset``
+    ├── CallError               one call
+    │   ├── CallTimeout         (also a TimeoutError)
+    │   ├── CallCancelled
+    │   ├── QueueFull
+    │   ├── PayloadTooLarge     (also a ValueError)
+    │   └── RemoteError         the handler raised
+    ├── ModelError              the model or its context
+    │   ├── ModelNotFound
+    │   ├── ModelLoadError
+    │   └── ContextLengthExceeded
+    ├── ProtocolError           the other side broke the wire format
+    └── PoolClosed
+
+A builtin is raised where a builtin says it: ``TypeError`` for an argument of the
+wrong type or an unknown option, ``ValueError`` for a wrong value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "CallCancelled",
+    "CallError",
+    "CallTimeout",
+    "ContextLengthExceeded",
+    "InferpoolError",
+    "ModelError",
+    "ModelLoadError",
+    "ModelNotFound",
+    "PayloadTooLarge",
+    "PoolClosed",
+    "ProtocolError",
+    "QueueFull",
+    "RemoteError",
+    "RoleDegraded",
+    "WorkerCrashed",
+    "WorkerError",
+    "WorkerStartError",
+    "WorkerStuck",
+]
+
+
+class InferpoolError(Exception):
+    """Base of every error that this package defines."""
+
+
+class WorkerError(InferpoolError):
+    """The process behind a role failed.
+
+    Attributes:
+        role: name of the role.
+        pid: process id of the worker, or None when none was started.
+        incarnation: which life of the role's worker this was, counted from 1.
+        exit: how it ended, by name (``"SIGKILL"``, ``"exit code 1"``), or None
+            while that is unknown.
+        log_tail: the last lines of the role's log, native messages included.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        role: str,
+        pid: int | None = None,
+        incarnation: int = 0,
+        exit: str | None = None,
+        log_tail: str = "",
+    ) -> None:
+        text = f"{message}\n--- last log lines ---\n{log_tail}" if log_tail else message
+        super().__init__(text)
+        self.role = role
+        self.pid = pid
+        self.incarnation = incarnation
+        self.exit = exit
+        self.log_tail = log_tail
+
+
+class WorkerStartError(WorkerError):
+    """The worker process could not be started, or its session could not be built."""
+
+
+class WorkerCrashed(WorkerError):
+    """The worker died while this call was in flight. The next call starts a new one."""
+
+
+class WorkerStuck(WorkerError):
+    """The worker is alive but has shown no progress for longer than its bound."""
+
+
+class RoleDegraded(WorkerError):
+    """The role crashed too often within its window and refuses calls until reset."""
+
+
+class CallError(InferpoolError):
+    """One call failed; the worker goes on."""
+
+
+class CallTimeout(CallError, TimeoutError):
+    """The call's ``timeout`` ran out. The call was cancelled."""
+
+
+class CallCancelled(CallError):
+    """The call was cancelled from another thread, or its stream was closed."""
+
+
+class QueueFull(CallError):
+    """The worker takes no more calls now, and ``timeout`` allowed no longer wait."""
+
+
+class PayloadTooLarge(CallError, ValueError):
+    """The encoded payload is above the channel's frame limit."""
+
+
+class RemoteError(CallError):
+    """The handler raised.
+
+    Attributes:
+        type_name: class name of the exception in the worker.
+        message: its text.
+        remote_traceback: the traceback as the worker formatted it.
+    """
+
+    def __init__(self, type_name: str, message: str, remote_traceback: str = "") -> None:
+        super().__init__(f"{type_name}: {message}" if message else type_name)
+        self.type_name = type_name
+        self.message = message
+        self.remote_traceback = remote_traceback
+
+
+class ModelError(InferpoolError):
+    """The model, or what was asked of it."""
+
+
+class ModelNotFound(ModelError):
+    """No model has this name, and no file this path."""
+
+
+class ModelLoadError(ModelError):
+    """The file is there but llama.cpp could not load it as asked."""
+
+
+class ContextLengthExceeded(ModelError):
+    """The request needs more tokens than the model's context has.
+
+    Attributes:
+        details: the numbers behind it, in tokens, by name (for example
+            ``{"asked": 900, "context": 512, "response_budget": 64}``).
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class ProtocolError(InferpoolError):
+    """The other side of a channel broke the wire format; the worker was killed."""
+
+
+class PoolClosed(InferpoolError):
+    """The pool is closed, or was inherited through a fork."""
+
+
+class PeerDied(InferpoolError):
+    """The process at the other end is gone. Internal: callers see `WorkerCrashed`."""

@@ -1,0 +1,1 @@
+"""The host's side: pools, roles, and the workers behind them."""

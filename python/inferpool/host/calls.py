@@ -1,0 +1,173 @@
+"""What a call is, step by step, without saying how to wait.
+
+Each function is a generator that yields a `Wait` where it has to wait and is resumed with what
+came of it. `inferpool.host.drive` runs them, blocking a thread or awaiting on an event loop, so
+that `Pool` and `AsyncPool` share every rule here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from inferpool import codec
+from inferpool._transport import Call, Event, LoopNotifier
+from inferpool.errors import CallTimeout, PeerDied, ProtocolError, QueueFull
+from inferpool.host.incarnation import Incarnation, remote_error
+from inferpool.host.supervisor import Supervisor
+
+__all__ = ["Deadline", "Driver", "OpenCall", "Steps", "Wait", "call", "next_item", "open_call", "ping"]
+
+T = TypeVar("T")
+
+QUEUE_SECONDS = 30.0
+"""How long a request waits for space behind a worker that does not read; then `QueueFull`."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What has to be waited for: that a request is out, or that something happens to a call."""
+
+    incarnation: Incarnation
+    call: Call
+    until: Literal["sent", "event"]
+    timeout: float | None
+
+
+Steps = Generator[Wait, Any, T]
+
+
+class Deadline:
+    """The end of a call's ``timeout``."""
+
+    def __init__(self, timeout: float | None) -> None:
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout must not be negative: {timeout}")
+        self._timeout = timeout
+        self._at = None if timeout is None else time.monotonic() + timeout
+
+    def left(self, bound: float | None = None) -> float | None:
+        """Seconds left, or `bound` if that is less; None for no end."""
+        if self._at is None:
+            return bound
+        left = max(0.0, self._at - time.monotonic())
+        return left if bound is None else min(left, bound)
+
+    def check(self) -> None:
+        """Raise `CallTimeout` once the time has come."""
+        if self._at is not None and time.monotonic() >= self._at:
+            raise CallTimeout(f"no answer within {self._timeout:g} s")
+
+
+@dataclass(frozen=True)
+class OpenCall:
+    """A call that is under way, and with whom."""
+
+    supervisor: Supervisor
+    incarnation: Incarnation
+    call: Call
+
+    def abandon(self) -> None:
+        """Give the call up; does nothing if it has ended."""
+        self.call.abandon()
+
+
+class Driver(Protocol):
+    """Whoever runs the steps."""
+
+    def notifier(self, incarnation: Incarnation) -> LoopNotifier | None:
+        """What calls to this worker are to be opened with."""
+
+
+def open_call(
+    supervisor: Supervisor, driver: Driver, kind: str, payload: Any, deadline: Deadline
+) -> Steps[OpenCall]:
+    """Send a request to the role's worker, starting one if need be."""
+    for last_try in (False, True):
+        incarnation = supervisor.incarnation()
+        native = incarnation.open(kind, payload, driver.notifier(incarnation))
+        opened = OpenCall(supervisor, incarnation, native)
+        try:
+            yield Wait(incarnation, native, "sent", deadline.left(QUEUE_SECONDS))
+        except CallTimeout:
+            opened.abandon()
+            deadline.check()
+            raise QueueFull(
+                f"role {supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
+            ) from None
+        except (PeerDied, ProtocolError) as error:
+            untouched = native.id is None
+            if last_try or not untouched or not incarnation.is_ready():
+                raise incarnation.explain(error) from None
+            # It died while idle: nothing was in flight, so the next one may have the request.
+            supervisor.replace(incarnation)
+        except BaseException:
+            opened.abandon()
+            raise
+        else:
+            return opened
+    raise AssertionError("unreachable")
+
+
+def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:
+    """Wait for what happens to the call next."""
+    incarnation = opened.incarnation
+    while True:
+        bound = None if incarnation.ready else incarnation.check_started()
+        try:
+            event: Event = yield Wait(incarnation, opened.call, "event", deadline.left(bound))
+        except CallTimeout:
+            deadline.check()
+        except (PeerDied, ProtocolError) as error:
+            raise incarnation.explain(error) from None
+        else:
+            return event
+
+
+def next_item(opened: OpenCall, deadline: Deadline) -> Steps[tuple[Any] | None]:
+    """The next item of the answer in a tuple of one, or None at its end."""
+    event = yield from next_event(opened, deadline)
+    if event.kind == "end":
+        return None
+    if event.kind == "error":
+        raise remote_error(event)
+    try:
+        return (codec.decode(event.parts)[1],)
+    except ProtocolError as error:
+        raise opened.incarnation.explain(error) from error
+
+
+def call(
+    supervisor: Supervisor, driver: Driver, kind: str, payload: Any, timeout: float | None
+) -> Steps[Any]:
+    """Make a call whose answer is one item, or none, which gives None."""
+    deadline = Deadline(timeout)
+    opened = yield from open_call(supervisor, driver, kind, payload, deadline)
+    try:
+        item = yield from next_item(opened, deadline)
+        if item is None:
+            return None
+        if (yield from next_item(opened, deadline)) is not None:
+            raise ValueError(f"the answer to {kind!r} has more than one item; use stream")
+        return item[0]
+    finally:
+        opened.abandon()
+
+
+def ping(supervisor: Supervisor, driver: Driver, timeout: float | None) -> Steps[float]:
+    """Ask the worker's heartbeat, and return the seconds until it answered."""
+    deadline = Deadline(timeout)
+    incarnation = supervisor.incarnation()
+    began = time.monotonic()
+    try:
+        native = incarnation.channel.ping(driver.notifier(incarnation))
+    except PeerDied as error:
+        raise incarnation.explain(error) from None
+    opened = OpenCall(supervisor, incarnation, native)
+    try:
+        yield from next_event(opened, deadline)
+    finally:
+        opened.abandon()
+    return time.monotonic() - began

@@ -1,0 +1,342 @@
+"""`Pool` and `AsyncPool`: models by role, for threads and for event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from inferpool.config import ChatConfig, EmbedConfig, PoolOptions, Role
+from inferpool.host.calls import Deadline, Steps, call, next_item, open_call, ping
+from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.incarnation import RoleSpec
+from inferpool.host.roles import AsyncChat, AsyncEmbed, Chat, Embed
+from inferpool.host.stream import AsyncStream, Stream
+from inferpool.host.supervisor import RoleStatus, Supervisor
+from inferpool.messages import READY_KIND
+
+__all__ = ["AsyncPool", "Pool", "RoleLike"]
+
+RoleLike = str | os.PathLike[str] | ChatConfig | EmbedConfig | Role
+"""What a role can be given as: a model's name or path, a config, or a `Role` of one's own."""
+
+PING_SECONDS = 5.0
+"""Default bound of a ping."""
+
+_CONFIGS: Mapping[str, type[ChatConfig] | type[EmbedConfig]] = {
+    "chat": ChatConfig,
+    "embed": EmbedConfig,
+}
+
+
+class _Core:
+    """What both pools are made of: a supervisor for each role."""
+
+    def __init__(self, options: PoolOptions, roles: Mapping[str, RoleLike]) -> None:
+        if not roles:
+            raise TypeError("a pool needs at least one role, such as chat='smollm2'")
+        self._owner = os.getpid()
+        self._close_timeout = options.close_timeout
+        self.supervisors = {
+            name: Supervisor(RoleSpec(name, _as_role(name, given), options))
+            for name, given in roles.items()
+        }
+
+    def supervisor(self, role: str) -> Supervisor:
+        try:
+            return self.supervisors[role]
+        except KeyError:
+            known = ", ".join(self.supervisors)
+            raise ValueError(f"this pool has no role {role!r}; it has {known}") from None
+
+    def named(self, role: str | None) -> list[Supervisor]:
+        return list(self.supervisors.values()) if role is None else [self.supervisor(role)]
+
+    def status(self) -> dict[str, RoleStatus]:
+        return {name: supervisor.status() for name, supervisor in self.supervisors.items()}
+
+    def close(self, timeout: float | None = None) -> None:
+        if os.getpid() != self._owner:
+            return  # a forked child must leave the workers of its parent alone
+        deadline = time.monotonic() + (self._close_timeout if timeout is None else timeout)
+        for supervisor in self.supervisors.values():
+            supervisor.ask_to_end()
+        for supervisor in self.supervisors.values():
+            supervisor.end(max(0.0, deadline - time.monotonic()))
+
+
+def _as_role(name: str, given: RoleLike) -> Role:
+    if isinstance(given, Role):
+        return given
+    config_class = _CONFIGS.get(name)
+    if config_class is None:
+        raise TypeError(
+            f"{name!r} is no option of a pool and no built-in role ({', '.join(_CONFIGS)}); "
+            "a role of your own needs Role(session=..., handlers=...)"
+        )
+    if isinstance(given, str | os.PathLike):
+        given = config_class(os.fspath(given))
+    if not isinstance(given, config_class):
+        raise TypeError(
+            f"{name} takes a model, {config_class.__name__} or Role, not {type(given).__name__}"
+        )
+    module = f"inferpool.roles.{name}"
+    options = {
+        field.name: getattr(given, field.name) for field in dataclasses.fields(given)
+    }
+    return Role(f"{module}:make_session", f"{module}:HANDLERS", options)
+
+
+def _options(
+    log_dir: str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> PoolOptions:
+    return PoolOptions(log_dir=None if log_dir is None else Path(log_dir), **settings)
+
+
+def _anything(payload: Any) -> Any:
+    return payload
+
+
+class Pool:
+    """Local models by role, each in a worker process of its own.
+
+    Example:
+        >>> with Pool(chat="smollm2", embed="minilm") as pool:
+        ...     vectors = pool.embed(["bees dance", "markets fall"])
+        ...     for delta in pool.chat.stream("Why do bees dance?"):
+        ...         print(delta.text, end="", flush=True)
+
+    Any thread may use a pool, several at once. Workers start when they are first needed, or all
+    at once with `start`. They end with `close`, when the pool is collected, when the
+    interpreter exits, and when this process dies, however it dies.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: str | os.PathLike[str] | None = None,
+        log_level: str = "INFO",
+        start_timeout: float = 120.0,
+        close_timeout: float = 2.0,
+        wait: str = "adaptive",
+        **roles: RoleLike,
+    ) -> None:
+        """Name the roles; nothing is started yet.
+
+        Args:
+            log_dir: folder of ``worker-<role>.log``; None keeps a bounded tail in memory.
+            log_level: level of the workers' Python logging.
+            start_timeout: seconds until a worker must have built its session.
+            close_timeout: seconds that workers have to end by themselves.
+            wait: ``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins.
+            **roles: ``chat=`` and ``embed=`` take a model's name or path, or a config; any
+                other name takes a `Role`.
+
+        Raises:
+            TypeError: an unknown option, or a role that is given as something else.
+        """
+        settings = {
+            "log_level": log_level,
+            "start_timeout": start_timeout,
+            "close_timeout": close_timeout,
+            "wait": wait,
+        }
+        self._core = _Core(_options(log_dir, settings), roles)
+        self._driver = ThreadDriver()
+        # Runs at exit too.
+        self._finalizer = weakref.finalize(self, self._core.close)
+
+    @property
+    def chat(self) -> Chat:
+        """The ``chat`` role."""
+        return Chat(self._core.supervisor("chat"), self._driver)
+
+    @property
+    def embed(self) -> Embed:
+        """The ``embed`` role."""
+        return Embed(self._core.supervisor("embed"), self._driver)
+
+    def call(self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None) -> Any:
+        """Ask a role for one answer.
+
+        Args:
+            role: name of the role.
+            kind: which of its handlers.
+            payload: see `inferpool.codec`.
+            timeout: seconds until `CallTimeout`.
+
+        Returns:
+            What the handler sent, or None if it sent nothing.
+
+        Raises:
+            RemoteError: the handler raised.
+            WorkerCrashed: the worker died meanwhile.
+            CallTimeout, CallCancelled, QueueFull, PayloadTooLarge, PoolClosed: see there.
+            TypeError, ValueError: the payload cannot travel, or there is no such role.
+        """
+        supervisor = self._core.supervisor(role)
+        return self._driver.run(call(supervisor, self._driver, kind, payload, timeout))
+
+    def stream(
+        self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
+    ) -> Stream[Any]:
+        """Ask a role for an answer of many items. Arguments and errors are those of `call`."""
+        supervisor = self._core.supervisor(role)
+        return Stream(supervisor, self._driver, kind, payload, timeout, _anything)
+
+    def start(self, *, timeout: float | None = None) -> Self:
+        """Start every role's worker, all at once, and wait until each has its session."""
+        deadline = Deadline(timeout)
+        opened = [
+            self._driver.run(open_call(each, self._driver, READY_KIND, None, deadline))
+            for each in self._core.supervisors.values()
+        ]
+        for call_ in opened:
+            self._driver.run(next_item(call_, deadline))
+        return self
+
+    def ping(self, role: str | None = None, *, timeout: float | None = PING_SECONDS) -> float:
+        """Ask the heartbeat of a role's worker, or of every role's, whatever it is doing.
+
+        Returns:
+            Seconds until the answer; of the slowest when there are several.
+        """
+        return max(
+            self._driver.run(ping(each, self._driver, timeout))
+            for each in self._core.named(role)
+        )
+
+    def cancel(self, role: str) -> int:
+        """Cancel the role's calls in flight, and return how many those were.
+
+        Whoever waits for one of them gets `CallCancelled`.
+        """
+        return self._core.supervisor(role).cancel_all()
+
+    def status(self) -> dict[str, RoleStatus]:
+        """What each role is doing."""
+        return self._core.status()
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """End every worker: calls in flight fail with `PoolClosed`. Final and idempotent.
+
+        Args:
+            timeout: seconds until workers are killed, in place of ``close_timeout``.
+        """
+        self._core.close(timeout)
+        self._finalizer.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncPool:
+    """As `Pool`, on an event loop: no call blocks it, and none needs a thread.
+
+    Cancelling a task that waits for a call cancels the call. Several loops may share a pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: str | os.PathLike[str] | None = None,
+        log_level: str = "INFO",
+        start_timeout: float = 120.0,
+        close_timeout: float = 2.0,
+        wait: str = "adaptive",
+        **roles: RoleLike,
+    ) -> None:
+        """As `Pool.__init__`."""
+        settings = {
+            "log_level": log_level,
+            "start_timeout": start_timeout,
+            "close_timeout": close_timeout,
+            "wait": wait,
+        }
+        self._core = _Core(_options(log_dir, settings), roles)
+        self._driver = LoopDriver()
+        self._finalizer = weakref.finalize(self, self._core.close)
+
+    @property
+    def chat(self) -> AsyncChat:
+        """The ``chat`` role."""
+        return AsyncChat(self._core.supervisor("chat"), self._driver)
+
+    @property
+    def embed(self) -> AsyncEmbed:
+        """The ``embed`` role."""
+        return AsyncEmbed(self._core.supervisor("embed"), self._driver)
+
+    async def call(
+        self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
+    ) -> Any:
+        """As `Pool.call`."""
+        supervisor = self._core.supervisor(role)
+        return await self._driver.run(call(supervisor, self._driver, kind, payload, timeout))
+
+    def stream(
+        self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
+    ) -> AsyncStream[Any]:
+        """As `Pool.stream`, for ``async for``. The request is sent with the first item."""
+        supervisor = self._core.supervisor(role)
+        return AsyncStream(supervisor, self._driver, kind, payload, timeout, _anything)
+
+    async def start(self, *, timeout: float | None = None) -> Self:
+        """As `Pool.start`."""
+        await asyncio.gather(
+            *(
+                self._driver.run(call(each, self._driver, READY_KIND, None, timeout))
+                for each in self._core.supervisors.values()
+            )
+        )
+        return self
+
+    async def ping(
+        self, role: str | None = None, *, timeout: float | None = PING_SECONDS
+    ) -> float:
+        """As `Pool.ping`."""
+        pings = [
+            self._driver.run(ping(each, self._driver, timeout))
+            for each in self._core.named(role)
+        ]
+        return max(await asyncio.gather(*pings))
+
+    def cancel(self, role: str) -> int:
+        """As `Pool.cancel`."""
+        return self._core.supervisor(role).cancel_all()
+
+    def status(self) -> dict[str, RoleStatus]:
+        """As `Pool.status`."""
+        return self._core.status()
+
+    async def aclose(self, *, timeout: float | None = None) -> None:
+        """As `Pool.close`."""
+        # Waiting for processes to end is the one thing here that has no descriptor to watch
+        # on every system.
+        await asyncio.to_thread(self._core.close, timeout)
+        self._finalizer.detach()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()

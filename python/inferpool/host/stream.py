@@ -1,0 +1,135 @@
+"""Answers of many items, for ``for`` and ``async for``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from inferpool.host.calls import Deadline, OpenCall, next_item, open_call
+from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.supervisor import Supervisor
+
+__all__ = ["AsyncStream", "Stream"]
+
+T = TypeVar("T")
+
+
+class Stream(Iterator[T], Generic[T]):
+    """The items of one answer as they arrive. Closing it, or dropping it, cancels the call."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        driver: ThreadDriver,
+        kind: str,
+        payload: Any,
+        timeout: float | None,
+        convert: Callable[[Any], T],
+    ) -> None:
+        self._driver = driver
+        self._convert = convert
+        self._deadline = Deadline(timeout)
+        self._ended = False
+        self._opened: OpenCall = driver.run(
+            open_call(supervisor, driver, kind, payload, self._deadline)
+        )
+
+    def __next__(self) -> T:
+        if self._ended:
+            raise StopIteration
+        try:
+            item = self._driver.run(next_item(self._opened, self._deadline))
+        except BaseException:
+            self.close()
+            raise
+        if item is None:
+            self.close()
+            raise StopIteration
+        return self._convert(item[0])
+
+    def cancel(self) -> None:
+        """End the call from any thread; whoever iterates gets `CallCancelled`."""
+        self._opened.call.cancel()
+
+    def close(self) -> None:
+        """Stop the answer; iteration ends. Idempotent."""
+        self._ended = True
+        self._opened.abandon()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[T], Generic[T]):
+    """As `Stream`, on an event loop. The request is sent with the first item."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        driver: LoopDriver,
+        kind: str,
+        payload: Any,
+        timeout: float | None,
+        convert: Callable[[Any], T],
+    ) -> None:
+        self._driver = driver
+        self._convert = convert
+        self._timeout = timeout
+        self._request = (supervisor, driver, kind, payload)
+        self._ended = False
+        self._deadline: Deadline | None = None
+        self._opened: OpenCall | None = None
+
+    async def __anext__(self) -> T:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if self._opened is None or self._deadline is None:
+                self._deadline = Deadline(self._timeout)
+                steps = open_call(*self._request, self._deadline)
+                self._opened = await self._driver.run(steps)
+            item = await self._driver.run(next_item(self._opened, self._deadline))
+        except BaseException:
+            self.close()
+            raise
+        if item is None:
+            self.close()
+            raise StopAsyncIteration
+        return self._convert(item[0])
+
+    def cancel(self) -> None:
+        """End the call from any task; whoever iterates gets `CallCancelled`."""
+        if self._opened is None:
+            self._ended = True
+        else:
+            self._opened.call.cancel()
+
+    def close(self) -> None:
+        """Stop the answer; iteration ends. Idempotent."""
+        self._ended = True
+        if self._opened is not None:
+            self._opened.abandon()
+
+    async def aclose(self) -> None:
+        """As `close`, under the name that ``contextlib.aclosing`` expects."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

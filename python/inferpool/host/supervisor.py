@@ -1,0 +1,111 @@
+"""Keeps at most one worker alive for a role."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from inferpool.errors import PoolClosed
+from inferpool.host.incarnation import Incarnation, RoleSpec
+
+__all__ = ["RoleStatus", "Supervisor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleStatus:
+    """What is known of a role right now."""
+
+    role: str
+    state: str
+    """``"stopped"``, ``"starting"``, ``"ready"`` or ``"dead"`` (until the next call)."""
+    pid: int | None
+    incarnation: int
+    """How many workers the role has had so far."""
+    uptime: float | None
+    """Seconds since the worker was started."""
+    load_seconds: float | None
+    """Seconds that the session took to build."""
+    in_flight: int
+    """Calls that have not ended."""
+    counters: dict[str, int]
+    """Of the worker's channel: ``frames_sent``, ``frames_received``, ``parks`` (sleeps of a
+    waiting host thread), ``rings`` (doorbells rung for the worker), ``dropped_late`` (frames
+    that arrived for calls given up before)."""
+
+
+class Supervisor:
+    """Starts a role's worker when it is needed, and again after it died."""
+
+    def __init__(self, spec: RoleSpec) -> None:
+        self.spec = spec
+        self._lock = threading.Lock()
+        self._incarnation: Incarnation | None = None
+        self._count = 0
+        self._closed = False
+
+    def incarnation(self) -> Incarnation:
+        """The living worker, started if there is none. Does not wait for its session.
+
+        Raises:
+            PoolClosed: `close` was called.
+            WorkerStartError: the process could not be started.
+        """
+        current = self._incarnation
+        if current is not None and not current.channel.ended:
+            return current
+        with self._lock:
+            if self._closed:
+                raise PoolClosed("the pool is closed")
+            current = self._incarnation
+            if current is None or not current.alive:
+                if current is not None:
+                    current.end()
+                self._count += 1
+                self._incarnation = Incarnation(self.spec, self._count)
+            return self._incarnation
+
+    def replace(self, incarnation: Incarnation) -> None:
+        """Take note that a worker died before it took a call."""
+        with self._lock:
+            if self._incarnation is incarnation:
+                incarnation.end()
+                self._incarnation = None
+
+    def cancel_all(self) -> int:
+        """Cancel the calls in flight, and say how many those were."""
+        current = self._incarnation
+        return 0 if current is None else current.channel.cancel_all()
+
+    def ask_to_end(self) -> None:
+        """Refuse calls from now on, fail those in flight, and tell the worker to end."""
+        with self._lock:
+            self._closed = True
+            if self._incarnation is not None:
+                self._incarnation.ask_to_end()
+
+    def end(self, timeout: float) -> None:
+        """After `ask_to_end`: make sure that the worker has ended within `timeout` seconds."""
+        if self._incarnation is not None:
+            self._incarnation.end(timeout)
+
+    def status(self) -> RoleStatus:
+        """See `RoleStatus`."""
+        current = self._incarnation
+        if current is None or self._closed:
+            state = "stopped"
+        elif not current.alive:
+            state = "dead"
+        else:
+            state = "ready" if current.is_ready() else "starting"
+        running = current if state in ("starting", "ready") else None
+        return RoleStatus(
+            role=self.spec.name,
+            state=state,
+            pid=running.pid if running else None,
+            incarnation=self._count,
+            uptime=time.monotonic() - running.started if running else None,
+            load_seconds=running.ready.load_seconds if running and running.ready else None,
+            in_flight=running.channel.in_flight if running else 0,
+            counters=running.channel.counters() if running else {},
+        )

@@ -1,0 +1,213 @@
+"""The dispatch loop of a worker, and what it hands to a role's code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from inferpool import codec
+from inferpool._transport import AbortToken, Request, WorkerChannel
+from inferpool.errors import CallCancelled, PayloadTooLarge, PoolClosed
+from inferpool.messages import READY_KIND, ErrorInfo, Ready, Start
+from inferpool.worker.log import RoleLog, configure_worker_logging, redirect_stdio
+
+__all__ = [
+    "AbortToken",
+    "KindHandler",
+    "Reply",
+    "RoleConfig",
+    "Session",
+    "WireKind",
+    "WorkerChannel",
+    "WorkerLoopState",
+    "WorkerRole",
+    "run_worker",
+]
+
+WorkerRole = str
+"""Name of a role, as the pool's user chose it."""
+WireKind = str
+"""Name of what a request asks for, or of what a reply carries."""
+RoleConfig = Start
+"""What a session factory is told: role, options, log path and so on."""
+
+_log = logging.getLogger("inferpool.worker")
+
+
+class Session(Protocol):
+    """A loaded model, or whatever a role keeps between calls."""
+
+    def close(self) -> None:
+        """Release everything. Called exactly once."""
+
+
+class Reply:
+    """Answers one call. Whatever is sent belongs to that call and to no other."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    @property
+    def abort(self) -> AbortToken:
+        """Set when this call should stop: it was cancelled, or the worker shuts down."""
+        return self._request.abort
+
+    def send(self, kind: WireKind, payload: Any) -> None:
+        """Send one item of the answer, waiting while the reader is a window behind.
+
+        Raises:
+            TypeError: the payload holds something that cannot travel.
+            ValueError: it holds something that cannot be encoded.
+            PayloadTooLarge: its encoded form is above the frame limit.
+            CallCancelled: nobody waits for this answer any more.
+            PoolClosed: the worker shuts down, or the call has ended.
+        """
+        self._request.send(codec.encode(kind, payload))
+
+
+KindHandler = Callable[[Reply, Any, "WorkerLoopState"], None]
+"""Serves one request: ``(reply, payload, state)``. What it raises ends its call, not the loop."""
+
+
+@dataclass
+class WorkerLoopState:
+    """What the dispatch loop keeps between requests."""
+
+    role_config: RoleConfig
+    session: Session
+    served: int = 0
+    """Requests that have ended, well or not."""
+    dropped: int = 0
+    """Requests that were given up before their answer was complete."""
+
+
+def run_worker(
+    channel: WorkerChannel,
+    role_config: RoleConfig,
+    *,
+    session_factory: Callable[[RoleConfig, AbortToken], Session],
+    kind_handlers: Mapping[WireKind, KindHandler],
+    start_request: Request | None = None,
+) -> None:
+    """Build the session and serve requests until the channel shuts down.
+
+    The heartbeat runs since the channel was attached, so a host that pings or dies while the
+    session is being built is noticed.
+
+    Args:
+        channel: the worker's end of the channel.
+        role_config: what the host said about the role.
+        session_factory: builds the session; its abort token is set on shutdown.
+        kind_handlers: handler by kind.
+        start_request: answered with `Ready` once the session stands.
+    """
+    redirect_stdio(role_config.log_path)
+    log = configure_worker_logging(role_config.log_path, role_config.log_level)
+    session: Session | None = None
+    try:
+        began = time.monotonic()
+        session = session_factory(role_config, channel.abort)
+        seconds = time.monotonic() - began
+        _log.info("incarnation %d ready in %.3f s", role_config.incarnation, seconds)
+        if start_request is not None:
+            start_request.send(codec.encode("ready", Ready(load_seconds=seconds)))
+            start_request.end()
+        handlers = {READY_KIND: _answer_nothing, **kind_handlers}
+        _dispatch(channel, handlers, WorkerLoopState(role_config, session), log)
+    finally:
+        channel.shut_down()
+        _close(session)
+        channel.join_heartbeat()
+
+
+def _dispatch(
+    channel: WorkerChannel,
+    kind_handlers: Mapping[WireKind, KindHandler],
+    state: WorkerLoopState,
+    log: RoleLog,
+) -> None:
+    unexpected = 0
+    while not channel.shutting_down:
+        request = channel.receive()
+        if request is not None:
+            _serve(request, kind_handlers, state)
+            log.limit_size()
+        elif channel.unexpected_control != unexpected:
+            unexpected = channel.unexpected_control
+            _log.warning("dropped an unexpected control message (%d so far)", unexpected)
+
+
+def _serve(
+    request: Request, kind_handlers: Mapping[WireKind, KindHandler], state: WorkerLoopState
+) -> None:
+    try:
+        if request.parts:
+            kind, payload = codec.decode(request.parts)
+            handler = kind_handlers.get(kind)
+            if handler is None:
+                raise ValueError(f"unknown kind {kind!r}; known: {sorted(kind_handlers)}")
+            handler(Reply(request), payload, state)
+        request.end()
+    except (CallCancelled, PoolClosed):
+        state.dropped += 1
+        _end_quietly(request)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the loop goes on
+        _log.warning("call %d failed", request.call, exc_info=True)
+        report_failure(request, error)
+    finally:
+        state.served += 1
+
+
+def _answer_nothing(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Serve `READY_KIND`: that it is served at all is the answer."""
+
+
+def _end_quietly(request: Request) -> None:
+    # The host wants to know when the call's slot is free, not how the call ended.
+    with contextlib.suppress(PoolClosed):
+        request.end()
+
+
+def report_failure(request: Request, error: BaseException) -> None:
+    """End a call with an error: type name, message, traceback and, if it has any, details."""
+    details = getattr(error, "details", {})
+    info = ErrorInfo(
+        type_name=type(error).__name__,
+        message=_encodable(str(error)),
+        traceback=_encodable("".join(traceback.format_exception(error))),
+        details=details if _is_plain(details) else {},
+    )
+    # A call that has ended, or a worker that shuts down, takes no more frames.
+    with contextlib.suppress(PoolClosed):
+        try:
+            request.fail(codec.encode("error", info))
+        except PayloadTooLarge:
+            short = ErrorInfo(type_name=info.type_name, message="(too long)", traceback="")
+            request.fail(codec.encode("error", short))
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_plain(details: Any) -> bool:
+    try:
+        codec.encode("details", msgspec.convert(details, dict[str, Any]))
+    except (TypeError, ValueError, msgspec.ValidationError):
+        return False
+    return True
+
+
+def _close(session: Session | None) -> None:
+    if session is not None:
+        try:
+            session.close()
+        except BaseException:  # the process ends either way; the log says why
+            _log.exception("closing the session failed")
