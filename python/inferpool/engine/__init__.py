@@ -1,0 +1,15 @@
+"""llama.cpp through llama-cpp-python's low-level API; the only importer of ``llama_cpp``.
+
+::
+
+    backend     the native library: symbols checked, logs routed, initialised once
+    model       a loaded GGUF: weights, vocabulary, metadata
+    context     what computes: one batch of tokens at a time, interruptible
+    embedder    texts -> vectors            chat       messages -> streamed text
+                                            template   messages -> prompt
+                                            sampler    logits -> token
+                                            text       token bytes -> whole characters
+    minilm      safetensors -> GGUF
+
+Nothing here knows about processes, channels or frames; the roles do.
+"""

@@ -1,0 +1,206 @@
+"""What computes: a llama.cpp context and the batch of tokens that it decodes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.backend import lib, native_errors
+from inferpool.engine.model import Model
+from inferpool.errors import CallCancelled, ModelError, ModelLoadError
+
+__all__ = ["Batch", "Context"]
+
+_DECODE_ABORTED = 2
+_DECODE_NO_SLOT = 1
+
+
+class Batch:
+    """Tokens to decode together: a ``llama_batch`` over numpy arrays.
+
+    Args:
+        capacity: tokens it can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._token = np.zeros(capacity, np.int32)
+        self._position = np.zeros(capacity, np.int32)
+        self._sequence = np.zeros(capacity, np.int32)
+        self._output = np.zeros(capacity, np.int8)
+        # Every token belongs to exactly one sequence, whose id is read through a pointer.
+        self._n_sequences = np.ones(capacity, np.int32)
+        self._sequence_pointer = self._sequence.ctypes.data + 4 * np.arange(
+            capacity, dtype=np.uintp
+        )
+        self.native = lib.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None,
+            pos=self._position.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequence_pointer.ctypes.data_as(
+                ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
+            ),
+            logits=self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def __len__(self) -> int:
+        return int(self.native.n_tokens)
+
+    def clear(self) -> None:
+        """Forget the tokens."""
+        self.native.n_tokens = 0
+
+    def add(
+        self, tokens: npt.NDArray[np.int32], *, start: int = 0, sequence: int = 0, output: bool
+    ) -> None:
+        """Append ``tokens`` at positions ``start``, ``start + 1`` … of ``sequence``.
+
+        Args:
+            tokens: their ids, shape (n,).
+            start: position of the first one in its sequence.
+            sequence: id of the sequence.
+            output: whether their results will be read.
+        """
+        begin = len(self)
+        end = begin + len(tokens)
+        self._token[begin:end] = tokens
+        self._position[begin:end] = np.arange(start, start + len(tokens), dtype=np.int32)
+        self._sequence[begin:end] = sequence
+        self._output[begin:end] = output
+        self.native.n_tokens = end
+
+    def want_last(self) -> None:
+        """Ask for the result of the last token."""
+        self._output[len(self) - 1] = True
+
+
+class Context:
+    """A ``llama_context`` of ``model``. Close it before the model.
+
+    Attributes:
+        n_batch: tokens per decode at most.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        n_seq_max: int = 1,
+        n_threads: int | None = None,
+        flash_attn: bool = True,
+        embeddings: bool = False,
+    ) -> None:
+        """Allocate the context.
+
+        Args:
+            model: the weights.
+            n_ctx: tokens in memory at most, over all sequences.
+            n_batch: tokens per decode at most.
+            n_seq_max: sequences in memory at most.
+            n_threads: None takes the CPUs this process may run on.
+            flash_attn: whether to use flash attention.
+            embeddings: whether pooled vectors will be read instead of logits.
+
+        Raises:
+            ModelLoadError: if llama.cpp can't make such a context, usually for want of memory.
+        """
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        # One physical batch per decode: pooling and non-causal attention need the whole
+        # sequence in one, and an aborted decode leaves nothing half done.
+        params.n_ubatch = n_batch
+        params.n_seq_max = n_seq_max
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = n_threads or len(os.sched_getaffinity(0))
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.embeddings = embeddings
+        native_errors()
+        self._handle: lib.llama_context_p | None = lib.llama_init_from_model(model.handle, params)
+        if self._handle is None:
+            reason = native_errors() or "llama.cpp gives no reason"
+            raise ModelLoadError(
+                f"can't make a context for {model.path.name} with n_ctx={n_ctx}, "
+                f"n_batch={n_batch}, n_seq_max={n_seq_max}: {reason}"
+            )
+        self._abort: AbortToken | None = None
+        self.n_batch: int = lib.llama_n_batch(self._handle)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it remembers tokens between batches, which encoders don't."""
+        return lib.llama_get_memory(self.handle) is not None
+
+    def close(self) -> None:
+        """Free the context. Closing twice is harmless."""
+        if self._handle is not None:
+            lib.llama_free(self._handle)
+            self._handle = None
+
+    @property
+    def handle(self) -> lib.llama_context_p:
+        """The native ``llama_context *``."""
+        if self._handle is None:
+            raise RuntimeError("the context is closed")
+        return self._handle
+
+    @contextlib.contextmanager
+    def interruptible(self, abort: AbortToken | None) -> Iterator[None]:
+        """Let ``abort`` end every `decode` inside the block."""
+        if abort is None:
+            yield
+            return
+        self._abort = abort
+        callback = lib.ggml_abort_callback(abort.callback)
+        lib.llama_set_abort_callback(self.handle, callback, ctypes.c_void_p(abort.data))
+        try:
+            yield
+        finally:
+            self._abort = None
+            if self._handle is not None:
+                lib.llama_set_abort_callback(
+                    self._handle, lib.ggml_abort_callback(), ctypes.c_void_p()
+                )
+
+    def decode(self, batch: Batch) -> None:
+        """Compute ``batch``.
+
+        Raises:
+            CallCancelled: if the abort token was set before or meanwhile. Tokens of this
+                batch are then not in memory.
+            ModelError: if llama.cpp can't compute it.
+        """
+        if self._abort is not None and self._abort.is_set():
+            raise CallCancelled("the call was cancelled")
+        native_errors()
+        status = lib.llama_decode(self.handle, batch.native)
+        if status == 0:
+            return
+        if status == _DECODE_ABORTED:
+            raise CallCancelled("the call was cancelled")
+        if status == _DECODE_NO_SLOT:
+            raise ModelError(f"no room in the context for {len(batch)} more tokens")
+        reason = native_errors() or "no reason given"
+        raise ModelError(f"llama_decode failed with {status} on {len(batch)} tokens: {reason}")
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        if self.has_memory:
+            # The cells are only marked free: their old contents can't be reached.
+            lib.llama_memory_clear(lib.llama_get_memory(self.handle), False)
+
+    def truncate(self, length: int) -> bool:
+        """Keep the first ``length`` tokens of sequence 0; False if the model can't do that."""
+        memory = lib.llama_get_memory(self.handle)
+        return bool(lib.llama_memory_seq_rm(memory, 0, length, -1))

@@ -1,0 +1,176 @@
+"""A loaded GGUF: weights, vocabulary and metadata."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.config import MAX_CONTEXT_LENGTH
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.backend import init_backend, lib, native_errors
+from inferpool.errors import CallCancelled, ModelLoadError
+
+__all__ = ["Model"]
+
+
+class Model:
+    """Weights and vocabulary of one GGUF file. Close it after the contexts made from it.
+
+    Attributes:
+        path: the file.
+        n_ctx_train: context length the model was trained with, in tokens.
+        n_embd: width of its output vectors.
+        n_vocab: number of tokens in the vocabulary.
+    """
+
+    def __init__(
+        self, path: Path, *, n_gpu_layers: int = 0, abort: AbortToken | None = None
+    ) -> None:
+        """Load ``path``.
+
+        Raises:
+            ModelLoadError: if it is no GGUF that llama.cpp can load, or its context length
+                is 0 or absurd.
+            CallCancelled: if ``abort`` was set meanwhile.
+        """
+        init_backend()
+        self.path = path
+        self._handle: lib.llama_model_p | None = _load(path, n_gpu_layers, abort)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
+        self.n_embd: int = lib.llama_model_n_embd_out(self._handle)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self._add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
+        # It comes from the file, and would become the size of an allocation.
+        if not 0 < self.n_ctx_train <= MAX_CONTEXT_LENGTH:
+            self.close()
+            raise ModelLoadError(
+                f"{path}: a context length of {self.n_ctx_train} tokens makes no sense"
+            )
+
+    def close(self) -> None:
+        """Free the weights. Closing twice is harmless."""
+        if self._handle is not None:
+            lib.llama_model_free(self._handle)
+            self._handle = None
+
+    @property
+    def handle(self) -> lib.llama_model_p:
+        """The native ``llama_model *``."""
+        if self._handle is None:
+            raise RuntimeError("the model is closed")
+        return self._handle
+
+    @property
+    def _vocab(self) -> lib.llama_vocab_p:
+        # Part of the model: through `handle`, so that none is used after it is freed.
+        vocab: lib.llama_vocab_p = lib.llama_model_get_vocab(self.handle)
+        return vocab
+
+    def tokenize(
+        self, text: str, *, add_special: bool, parse_special: bool
+    ) -> npt.NDArray[np.int32]:
+        """Token ids of ``text``, shape (n,).
+
+        Args:
+            text: any text.
+            add_special: add what the model wants around a text (``[CLS] … [SEP]``, BOS).
+            parse_special: read ``<|im_end|>`` and the like as that token; otherwise such
+                text is text.
+        """
+        data = text.encode("utf-8")
+        n_max = len(data) + 8  # enough for nearly every text, or the exact number comes back
+        while True:
+            tokens = np.empty(n_max, np.int32)
+            n = lib.llama_tokenize(
+                self._vocab,
+                data,
+                len(data),
+                tokens.ctypes.data_as(lib.llama_token_p),
+                n_max,
+                add_special,
+                parse_special,
+            )
+            if n >= 0:
+                return tokens[:n]
+            n_max = -n
+
+    def tokenize_prompt(self, prompt: str) -> npt.NDArray[np.int32]:
+        """Token ids of a rendered chat template, shape (n,), control tokens included.
+
+        BOS comes first for models that want one, whether or not the template wrote it.
+        """
+        tokens = self.tokenize(prompt, add_special=False, parse_special=True)
+        bos = lib.llama_vocab_bos(self._vocab)
+        if self._add_bos and not (tokens.size and tokens[0] == bos):
+            tokens = np.insert(tokens, 0, bos)
+        return tokens
+
+    @property
+    def adds_suffix(self) -> bool:
+        """Whether ``add_special`` ends a text with a token (``[SEP]``, EOS)."""
+        return bool(
+            lib.llama_vocab_get_add_sep(self._vocab) or lib.llama_vocab_get_add_eos(self._vocab)
+        )
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that ``token`` stands for; none for control tokens."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a prompt goes through an encoder before the decoder (T5)."""
+        return bool(lib.llama_model_has_encoder(self.handle))
+
+    def is_eog(self, token: int) -> bool:
+        """Whether ``token`` ends a generation (EOS, EOT, ``<|im_end|>`` …)."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    @property
+    def bos(self) -> str:
+        """Text of the BOS token, or empty when the model has none."""
+        return self._token_text(lib.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> str:
+        """Text of the EOS token, or empty when the model has none."""
+        return self._token_text(lib.llama_vocab_eos(self._vocab))
+
+    def _token_text(self, token: int) -> str:
+        if token == lib.LLAMA_TOKEN_NULL:
+            return ""
+        text: bytes = lib.llama_vocab_get_text(self._vocab, token)
+        return text.decode("utf-8", "replace")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja template in the metadata (``tokenizer.chat_template``), if any."""
+        template: bytes | None = lib.llama_model_chat_template(self.handle, None)
+        return None if template is None else template.decode("utf-8", "replace")
+
+
+def _load(path: Path, n_gpu_layers: int, abort: AbortToken | None) -> lib.llama_model_p:
+    if abort is not None and abort.is_set():
+        raise CallCancelled(f"loading {path.name} was cancelled")
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = n_gpu_layers
+    if abort is not None:
+        keep_going = lib.llama_progress_callback(lambda _progress, _data: not abort.is_set())
+        params.progress_callback = keep_going
+    native_errors()
+    handle: lib.llama_model_p | None = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if handle is None:
+        if abort is not None and abort.is_set():
+            raise CallCancelled(f"loading {path.name} was cancelled")
+        reason = native_errors() or "llama.cpp gives no reason"
+        raise ModelLoadError(f"can't load {path}: {reason}")
+    return handle

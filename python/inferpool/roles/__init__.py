@@ -1,0 +1,1 @@
+"""The roles that come with the package, one module each; imported in workers only."""

@@ -1,0 +1,77 @@
+"""The ``embed`` role, worker side: texts in, one float32 array out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from typing import Any
+
+from inferpool.config import EmbedConfig
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.embedder import Embedder
+from inferpool.engine.model import Model
+from inferpool.messages import EmbedRequest, read
+from inferpool.models import resolve
+from inferpool.roles.handler import (
+    KindHandler,
+    Reply,
+    RoleConfig,
+    State,
+    read_options,
+)
+
+__all__ = ["HANDLERS", "EmbedSession", "make_session"]
+
+
+class EmbedSession:
+    """A loaded embedding model.
+
+    Attributes:
+        embedder: makes the vectors.
+    """
+
+    def __init__(self, config: EmbedConfig, abort: AbortToken | None) -> None:
+        with ExitStack() as resources:
+            model = Model(resolve(config.model), n_gpu_layers=config.n_gpu_layers, abort=abort)
+            resources.enter_context(closing(model))
+            self.embedder = Embedder(
+                model,
+                n_batch=config.n_batch,
+                n_seq_max=config.n_seq_max,
+                n_threads=config.n_threads,
+                flash_attn=config.flash_attn,
+            )
+            resources.enter_context(closing(self.embedder))
+            self._resources = resources.pop_all()
+
+    def close(self) -> None:
+        """Free the model and its context. Closing twice is harmless."""
+        self._resources.close()
+
+
+def make_session(role_config: RoleConfig, abort: AbortToken | None) -> EmbedSession:
+    """Load the model that ``role_config.options`` (an `EmbedConfig` as a map) names.
+
+    Raises:
+        TypeError, ValueError: for a bad option, by name.
+        ModelNotFound: if there is no such model.
+        ModelLoadError: if it can't be loaded, or gives no vectors.
+        CallCancelled: if ``abort`` was set meanwhile.
+    """
+    return EmbedSession(read_options(role_config.options, EmbedConfig), abort)
+
+
+def handle_embed(reply: Reply, payload: Any, state: State) -> None:
+    """Answer an `EmbedRequest` with a float32 array of shape (len(texts), d)."""
+    request = read(payload, EmbedRequest)
+    session: EmbedSession = state.session
+    vectors = session.embedder.embed(
+        request.texts,
+        normalize=request.normalize,
+        truncate=request.truncate,
+        abort=reply.abort,
+    )
+    reply.send("embed", vectors)
+
+
+HANDLERS: Mapping[str, KindHandler] = {"embed": handle_embed}

@@ -1,0 +1,54 @@
+"""What a worker gives to the engine and the roles, without a worker."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+__all__ = ["CountdownAbort", "FakeReply"]
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+
+
+class CountdownAbort:
+    """An abort token in Python: set once it has been polled ``polls`` times; None never sets it.
+
+    Attributes:
+        native_polls: how often the native side has polled.
+    """
+
+    def __init__(self, polls: int | None = None) -> None:
+        self._left = polls
+        self.native_polls = 0
+        self._native = _Callback(self._poll_native)
+
+    def is_set(self) -> bool:
+        if self._left is None:
+            return False
+        self._left = max(self._left - 1, 0)
+        return self._left == 0
+
+    @property
+    def callback(self) -> int:
+        address = ctypes.cast(self._native, ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    @property
+    def data(self) -> int:
+        return 0
+
+    def _poll_native(self, _data: int | None) -> bool:
+        self.native_polls += 1
+        return self.is_set()
+
+
+class FakeReply:
+    """Keeps what a handler sends."""
+
+    def __init__(self) -> None:
+        self.abort = CountdownAbort()
+        self.sent: list[tuple[str, Any]] = []
+
+    def send(self, kind: str, payload: Any) -> None:
+        self.sent.append((kind, payload))
