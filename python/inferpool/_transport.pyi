@@ -10,6 +10,18 @@ from typing import Literal, final
 
 from typing_extensions import Buffer
 
+__all__ = [
+    "AbortToken",
+    "Body",
+    "Call",
+    "Event",
+    "HostChannel",
+    "LoopNotifier",
+    "Progress",
+    "Request",
+    "WorkerChannel",
+]
+
 @final
 class AbortToken:
     """Set once a call, or the whole worker, should stop; never cleared."""
@@ -80,8 +92,8 @@ class Call:
     """One call. It is given up when the object goes. One thread at a time sends or waits."""
 
     @property
-    def id(self) -> int | None:
-        """Unique within the channel; None until the request is under way."""
+    def id(self) -> int:
+        """Unique within the channel, from 1; 0 until the request is under way."""
 
     def send(self, timeout: float | None = None) -> None:
         """Send the request, waiting for space while the worker is behind.
@@ -135,9 +147,7 @@ class LoopNotifier:
 class HostChannel:
     """The host's end of a channel to one worker process. Any thread may use it."""
 
-    def __new__(
-        cls, *, ring_capacity: int, frame_limit: int, wait: str
-    ) -> HostChannel:
+    def __new__(cls, *, ring_capacity: int, frame_limit: int, wait: str) -> HostChannel:
         """Create the shared segment and everything else that the worker inherits.
 
         Args:
@@ -262,4 +272,3 @@ class WorkerChannel:
 
     def join_heartbeat(self) -> None:
         """End the heartbeat thread."""
-

@@ -13,7 +13,15 @@ from typing import Any
 
 import platformdirs
 
-__all__ = ["ChatConfig", "EmbedConfig", "PoolOptions", "Role", "cache_dir", "worker_environment"]
+__all__ = [
+    "MAX_CONTEXT_LENGTH",
+    "ChatConfig",
+    "EmbedConfig",
+    "PoolOptions",
+    "Role",
+    "cache_dir",
+    "worker_environment",
+]
 
 
 # Above any real model's context (the largest known claims 10 Mi tokens). llama.cpp sets up

@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 __all__ = [
+    "READY_KIND",
     "ChatDelta",
     "ChatMessage",
     "ChatRequest",
     "ChatResult",
     "EmbedRequest",
     "ErrorInfo",
-    "READY_KIND",
     "Ready",
     "Start",
     "Timings",

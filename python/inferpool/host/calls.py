@@ -18,7 +18,17 @@ from inferpool.errors import CallTimeout, PeerDied, ProtocolError, QueueFull
 from inferpool.host.incarnation import Incarnation, remote_error
 from inferpool.host.supervisor import Supervisor
 
-__all__ = ["Deadline", "Driver", "OpenCall", "Steps", "Wait", "call", "next_item", "open_call", "ping"]
+__all__ = [
+    "Deadline",
+    "Driver",
+    "OpenCall",
+    "Steps",
+    "Wait",
+    "call",
+    "next_item",
+    "open_call",
+    "ping",
+]
 
 T = TypeVar("T")
 
@@ -85,9 +95,10 @@ def open_call(
     supervisor: Supervisor, driver: Driver, kind: str, payload: Any, deadline: Deadline
 ) -> Steps[OpenCall]:
     """Send a request to the role's worker, starting one if need be."""
+    parts = codec.encode(kind, payload)
     for last_try in (False, True):
         incarnation = supervisor.incarnation()
-        native = incarnation.open(kind, payload, driver.notifier(incarnation))
+        native = incarnation.channel.open(parts, driver.notifier(incarnation))
         opened = OpenCall(supervisor, incarnation, native)
         try:
             yield Wait(incarnation, native, "sent", deadline.left(QUEUE_SECONDS))
@@ -98,7 +109,7 @@ def open_call(
                 f"role {supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
             ) from None
         except (PeerDied, ProtocolError) as error:
-            untouched = native.id is None
+            untouched = native.id == 0
             if last_try or not untouched or not incarnation.is_ready():
                 raise incarnation.explain(error) from None
             # It died while idle: nothing was in flight, so the next one may have the request.

@@ -31,7 +31,7 @@ class ThreadDriver:
             while True:
                 try:
                     event = self._wait(wait)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # the steps decide
                     wait = steps.throw(error)
                 else:
                     wait = steps.send(event)
@@ -40,9 +40,10 @@ class ThreadDriver:
             return result
 
     def _wait(self, wait: Wait) -> Event | None:
-        if wait.until == "sent":
-            return wait.call.send(wait.timeout)
-        return wait.call.next(wait.timeout)
+        if wait.until == "event":
+            return wait.call.next(wait.timeout)
+        wait.call.send(wait.timeout)
+        return None
 
 
 class LoopDriver:
@@ -62,7 +63,7 @@ class LoopDriver:
             while True:
                 try:
                     event = await self._watcher(wait.incarnation.channel).wait(wait)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # the steps decide
                     wait = steps.throw(error)
                 else:
                     wait = steps.send(event)
@@ -109,9 +110,10 @@ class _Watcher:
             raise CallTimeout("timed out") from error
 
     async def _wait(self, wait: Wait) -> Event | None:
-        if wait.until == "sent":
-            return await self._send(wait.call)
-        return await self._event(wait.call)
+        if wait.until == "event":
+            return await self._event(wait.call)
+        await self._send(wait.call)
+        return None
 
     async def _send(self, call: Call) -> None:
         while not call.try_send():
@@ -126,15 +128,13 @@ class _Watcher:
     async def _event(self, call: Call) -> Event:
         while (event := call.poll()) is None:
             told = self._loop.create_future()
-            id = call.id
-            assert id is not None  # `poll` has found it
-            self._waiting[id] = told
+            self._waiting[call.id] = told
             try:
                 # Something may have come since `poll`; if not, the ring is armed from now on.
                 self._look()
                 await told
             finally:
-                self._waiting.pop(id, None)
+                self._waiting.pop(call.id, None)
         return event
 
     def _look(self) -> None:

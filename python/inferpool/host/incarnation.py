@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from inferpool import codec, errors
-from inferpool._transport import Call, Event, HostChannel, LoopNotifier
+from inferpool._transport import Call, Event, HostChannel
 from inferpool.config import PoolOptions, Role
 from inferpool.errors import (
     InferpoolError,
@@ -103,8 +103,7 @@ class Incarnation:
             options=dict(spec.role.options),
             log_path=None if self._log.path is None else str(self._log.path),
             log_level=spec.options.log_level,
-            # Entries that are no strings mean nothing to an import either.
-            sys_path=[entry for entry in sys.path if isinstance(entry, str)],
+            sys_path=[str(entry) for entry in sys.path],
         )
         call = self.channel.open(codec.encode("start", start))
         call.send()
@@ -126,9 +125,10 @@ class Incarnation:
             self._poll_start()
             return self.ready is not None
 
-    def open(self, kind: str, payload: Any, notifier: LoopNotifier | None = None) -> Call:
-        """Prepare a call. Raises what `codec.encode` raises."""
-        return self.channel.open(codec.encode(kind, payload), notifier)
+    @property
+    def in_flight(self) -> int:
+        """Calls that have not ended; the one that starts the worker is none."""
+        return self.channel.in_flight - (0 if self.is_ready() else 1)
 
     def check_started(self) -> float | None:
         """Note whether the session stands; seconds left for that, None once it does.
@@ -236,9 +236,9 @@ def remote_error(event: Event) -> InferpoolError:
     cls = getattr(errors, info.type_name, None) if info.type_name in errors.__all__ else None
     if cls is errors.ContextLengthExceeded:
         return errors.ContextLengthExceeded(info.message, **info.details)
-    if cls is not None and issubclass(cls, (errors.ModelError, errors.CallError)):
-        if cls is not RemoteError:
-            error: InferpoolError = cls(info.message)
-            error.add_note(info.traceback)
-            return error
-    return RemoteError(info.type_name, info.message, info.traceback)
+    travels = cls is not None and issubclass(cls, (errors.ModelError, errors.CallError))
+    if cls is None or not travels or cls is RemoteError:
+        return RemoteError(info.type_name, info.message, info.traceback)
+    error: InferpoolError = cls(info.message)
+    error.add_note(info.traceback)
+    return error

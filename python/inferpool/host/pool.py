@@ -8,12 +8,13 @@ import os
 import time
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from inferpool.config import ChatConfig, EmbedConfig, PoolOptions, Role
-from inferpool.host.calls import Deadline, Steps, call, next_item, open_call, ping
+from inferpool.host.calls import Deadline, call, next_item, open_call, ping
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.incarnation import RoleSpec
 from inferpool.host.roles import AsyncChat, AsyncEmbed, Chat, Embed
@@ -29,7 +30,7 @@ RoleLike = str | os.PathLike[str] | ChatConfig | EmbedConfig | Role
 PING_SECONDS = 5.0
 """Default bound of a ping."""
 
-_CONFIGS: Mapping[str, type[ChatConfig] | type[EmbedConfig]] = {
+_CONFIGS: Mapping[str, type[ChatConfig | EmbedConfig]] = {
     "chat": ChatConfig,
     "embed": EmbedConfig,
 }
@@ -47,6 +48,10 @@ class _Core:
             name: Supervisor(RoleSpec(name, _as_role(name, given), options))
             for name, given in roles.items()
         }
+        # Runs when the last pool that shares this is collected, and at exit.
+        self._finalizer = weakref.finalize(
+            self, _close, self.supervisors, options.close_timeout, self._owner
+        )
 
     def supervisor(self, role: str) -> Supervisor:
         try:
@@ -62,13 +67,18 @@ class _Core:
         return {name: supervisor.status() for name, supervisor in self.supervisors.items()}
 
     def close(self, timeout: float | None = None) -> None:
-        if os.getpid() != self._owner:
-            return  # a forked child must leave the workers of its parent alone
-        deadline = time.monotonic() + (self._close_timeout if timeout is None else timeout)
-        for supervisor in self.supervisors.values():
-            supervisor.ask_to_end()
-        for supervisor in self.supervisors.values():
-            supervisor.end(max(0.0, deadline - time.monotonic()))
+        self._finalizer.detach()
+        _close(self.supervisors, self._close_timeout if timeout is None else timeout, self._owner)
+
+
+def _close(supervisors: Mapping[str, Supervisor], timeout: float, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child must leave the workers of its parent alone
+    deadline = time.monotonic() + timeout
+    for supervisor in supervisors.values():
+        supervisor.ask_to_end()
+    for supervisor in supervisors.values():
+        supervisor.end(max(0.0, deadline - time.monotonic()))
 
 
 def _as_role(name: str, given: RoleLike) -> Role:
@@ -87,15 +97,11 @@ def _as_role(name: str, given: RoleLike) -> Role:
             f"{name} takes a model, {config_class.__name__} or Role, not {type(given).__name__}"
         )
     module = f"inferpool.roles.{name}"
-    options = {
-        field.name: getattr(given, field.name) for field in dataclasses.fields(given)
-    }
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     return Role(f"{module}:make_session", f"{module}:HANDLERS", options)
 
 
-def _options(
-    log_dir: str | os.PathLike[str] | None, settings: Mapping[str, Any]
-) -> PoolOptions:
+def _options(log_dir: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> PoolOptions:
     return PoolOptions(log_dir=None if log_dir is None else Path(log_dir), **settings)
 
 
@@ -149,8 +155,6 @@ class Pool:
         }
         self._core = _Core(_options(log_dir, settings), roles)
         self._driver = ThreadDriver()
-        # Runs at exit too.
-        self._finalizer = weakref.finalize(self, self._core.close)
 
     @property
     def chat(self) -> Chat:
@@ -162,7 +166,9 @@ class Pool:
         """The ``embed`` role."""
         return Embed(self._core.supervisor("embed"), self._driver)
 
-    def call(self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None) -> Any:
+    def call(
+        self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
+    ) -> Any:
         """Ask a role for one answer.
 
         Args:
@@ -188,7 +194,8 @@ class Pool:
     ) -> Stream[Any]:
         """Ask a role for an answer of many items. Arguments and errors are those of `call`."""
         supervisor = self._core.supervisor(role)
-        return Stream(supervisor, self._driver, kind, payload, timeout, _anything)
+        opening = partial(open_call, supervisor, self._driver, kind, payload)
+        return Stream(self._driver, opening, timeout, _anything)
 
     def start(self, *, timeout: float | None = None) -> Self:
         """Start every role's worker, all at once, and wait until each has its session."""
@@ -208,8 +215,7 @@ class Pool:
             Seconds until the answer; of the slowest when there are several.
         """
         return max(
-            self._driver.run(ping(each, self._driver, timeout))
-            for each in self._core.named(role)
+            self._driver.run(ping(each, self._driver, timeout)) for each in self._core.named(role)
         )
 
     def cancel(self, role: str) -> int:
@@ -223,6 +229,10 @@ class Pool:
         """What each role is doing."""
         return self._core.status()
 
+    def as_async(self) -> AsyncPool:
+        """The same workers for event loops. Closing either pool closes both."""
+        return AsyncPool._sharing(self._core)
+
     def close(self, *, timeout: float | None = None) -> None:
         """End every worker: calls in flight fail with `PoolClosed`. Final and idempotent.
 
@@ -230,7 +240,6 @@ class Pool:
             timeout: seconds until workers are killed, in place of ``close_timeout``.
         """
         self._core.close(timeout)
-        self._finalizer.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -269,7 +278,13 @@ class AsyncPool:
         }
         self._core = _Core(_options(log_dir, settings), roles)
         self._driver = LoopDriver()
-        self._finalizer = weakref.finalize(self, self._core.close)
+
+    @classmethod
+    def _sharing(cls, core: _Core) -> Self:
+        pool = cls.__new__(cls)
+        pool._core = core
+        pool._driver = LoopDriver()
+        return pool
 
     @property
     def chat(self) -> AsyncChat:
@@ -293,7 +308,8 @@ class AsyncPool:
     ) -> AsyncStream[Any]:
         """As `Pool.stream`, for ``async for``. The request is sent with the first item."""
         supervisor = self._core.supervisor(role)
-        return AsyncStream(supervisor, self._driver, kind, payload, timeout, _anything)
+        opening = partial(open_call, supervisor, self._driver, kind, payload)
+        return AsyncStream(self._driver, opening, timeout, _anything)
 
     async def start(self, *, timeout: float | None = None) -> Self:
         """As `Pool.start`."""
@@ -305,13 +321,10 @@ class AsyncPool:
         )
         return self
 
-    async def ping(
-        self, role: str | None = None, *, timeout: float | None = PING_SECONDS
-    ) -> float:
+    async def ping(self, role: str | None = None, *, timeout: float | None = PING_SECONDS) -> float:
         """As `Pool.ping`."""
         pings = [
-            self._driver.run(ping(each, self._driver, timeout))
-            for each in self._core.named(role)
+            self._driver.run(ping(each, self._driver, timeout)) for each in self._core.named(role)
         ]
         return max(await asyncio.gather(*pings))
 
@@ -328,7 +341,6 @@ class AsyncPool:
         # Waiting for processes to end is the one thing here that has no descriptor to watch
         # on every system.
         await asyncio.to_thread(self._core.close, timeout)
-        self._finalizer.detach()
 
     async def __aenter__(self) -> Self:
         return self

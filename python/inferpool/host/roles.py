@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from inferpool.errors import ProtocolError
-from inferpool.host.calls import Driver, Steps, call
+from inferpool.host.calls import Driver, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
@@ -137,9 +138,8 @@ class Chat:
         dropping it, stops the model.
         """
         request = _chat_request(messages, options)
-        return Stream(
-            self._supervisor, self._driver, "chat.stream", request, timeout, _chat_delta
-        )
+        opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
+        return Stream(self._driver, opening, timeout, _chat_delta)
 
 
 class AsyncChat:
@@ -169,9 +169,8 @@ class AsyncChat:
     ) -> AsyncStream[ChatDelta]:
         """As `Chat.stream`, for ``async for``. The request is sent with the first item."""
         request = _chat_request(messages, options)
-        return AsyncStream(
-            self._supervisor, self._driver, "chat.stream", request, timeout, _chat_delta
-        )
+        opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
+        return AsyncStream(self._driver, opening, timeout, _chat_delta)
 
 
 def _embed_request(texts: Sequence[str], normalize: bool, truncate: bool) -> EmbedRequest:

@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from inferpool.host.calls import Deadline, OpenCall, next_item, open_call
+from inferpool.host.calls import Deadline, OpenCall, Steps, next_item
 from inferpool.host.drive import LoopDriver, ThreadDriver
-from inferpool.host.supervisor import Supervisor
 
 __all__ = ["AsyncStream", "Stream"]
 
@@ -20,10 +19,8 @@ class Stream(Iterator[T], Generic[T]):
 
     def __init__(
         self,
-        supervisor: Supervisor,
         driver: ThreadDriver,
-        kind: str,
-        payload: Any,
+        opening: Callable[[Deadline], Steps[OpenCall]],
         timeout: float | None,
         convert: Callable[[Any], T],
     ) -> None:
@@ -31,9 +28,7 @@ class Stream(Iterator[T], Generic[T]):
         self._convert = convert
         self._deadline = Deadline(timeout)
         self._ended = False
-        self._opened: OpenCall = driver.run(
-            open_call(supervisor, driver, kind, payload, self._deadline)
-        )
+        self._opened = driver.run(opening(self._deadline))
 
     def __next__(self) -> T:
         if self._ended:
@@ -74,17 +69,15 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
 
     def __init__(
         self,
-        supervisor: Supervisor,
         driver: LoopDriver,
-        kind: str,
-        payload: Any,
+        opening: Callable[[Deadline], Steps[OpenCall]],
         timeout: float | None,
         convert: Callable[[Any], T],
     ) -> None:
         self._driver = driver
         self._convert = convert
         self._timeout = timeout
-        self._request = (supervisor, driver, kind, payload)
+        self._opening = opening
         self._ended = False
         self._deadline: Deadline | None = None
         self._opened: OpenCall | None = None
@@ -95,8 +88,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         try:
             if self._opened is None or self._deadline is None:
                 self._deadline = Deadline(self._timeout)
-                steps = open_call(*self._request, self._deadline)
-                self._opened = await self._driver.run(steps)
+                self._opened = await self._driver.run(self._opening(self._deadline))
             item = await self._driver.run(next_item(self._opened, self._deadline))
         except BaseException:
             self.close()

@@ -62,8 +62,8 @@ class Supervisor:
                 if current is not None:
                     current.end()
                 self._count += 1
-                self._incarnation = Incarnation(self.spec, self._count)
-            return self._incarnation
+                current = self._incarnation = Incarnation(self.spec, self._count)
+            return current
 
     def replace(self, incarnation: Incarnation) -> None:
         """Take note that a worker died before it took a call."""
@@ -106,6 +106,6 @@ class Supervisor:
             incarnation=self._count,
             uptime=time.monotonic() - running.started if running else None,
             load_seconds=running.ready.load_seconds if running and running.ready else None,
-            in_flight=running.channel.in_flight if running else 0,
+            in_flight=running.in_flight if running else 0,
             counters=running.channel.counters() if running else {},
         )

@@ -54,5 +54,4 @@ def import_attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+sys.exit(main(sys.argv[1]))

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 __all__ = ["RoleLog", "configure_worker_logging", "redirect_stdio"]
 
@@ -47,7 +48,7 @@ def configure_worker_logging(log_path: str | None, level: str) -> RoleLog:
     return log
 
 
-class RoleLog(logging.StreamHandler):
+class RoleLog(logging.StreamHandler[TextIO]):
     """Writes records to stderr and keeps the log's size within bounds."""
 
     def __init__(self, log_path: str | None) -> None:

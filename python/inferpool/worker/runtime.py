@@ -158,7 +158,7 @@ def _serve(
     except (CallCancelled, PoolClosed):
         state.dropped += 1
         _end_quietly(request)
-    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the loop goes on
+    except BaseException as error:  # noqa: BLE001  # SystemExit too: the loop goes on
         _log.warning("call %d failed", request.call, exc_info=True)
         report_failure(request, error)
     finally:
@@ -209,5 +209,5 @@ def _close(session: Session | None) -> None:
     if session is not None:
         try:
             session.close()
-        except BaseException:  # the process ends either way; the log says why
+        except BaseException:  # noqa: BLE001  # the process ends either way; the log says why
             _log.exception("closing the session failed")

@@ -35,19 +35,36 @@ impl PyBody {
         // SAFETY: the view holds a reference to `slf`, which keeps the bytes in place; nothing in
         // Rust reads them after they were handed to Python.
         let filled = unsafe {
-            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), body.as_mut_ptr().cast(), length, 0, flags)
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                body.as_mut_ptr().cast(),
+                length,
+                0,
+                flags,
+            )
         };
-        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+        if filled == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
     }
 }
 
 /// The parts of a frame's body, each a view of the same memory.
 pub fn parts<'py>(py: Python<'py>, frame: Frame) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let ranges = body::parse(frame.body.as_slice()).map_err(|error| Raised::from(inferpool_transport::Error::from(error)))?;
+    let ranges = body::parse(frame.body.as_slice())
+        .map_err(|error| Raised::from(inferpool_transport::Error::from(error)))?;
     let whole = PyMemoryView::from(Bound::new(py, PyBody(frame.body))?.as_any())?;
     let slice = |range: std::ops::Range<usize>| {
         // A body is at most isize::MAX bytes, as every allocation is.
-        whole.get_item(PySlice::new(py, range.start as isize, range.end as isize, 1))
+        whole.get_item(PySlice::new(
+            py,
+            range.start as isize,
+            range.end as isize,
+            1,
+        ))
     };
     ranges.into_iter().map(slice).collect()
 }
@@ -63,8 +80,18 @@ pub struct PyProgress {
 
 impl From<Progress> for PyProgress {
     fn from(progress: Progress) -> Self {
-        let Progress { requests, replies, finished, polls } = progress;
-        Self { requests, replies, finished, polls }
+        let Progress {
+            requests,
+            replies,
+            finished,
+            polls,
+        } = progress;
+        Self {
+            requests,
+            replies,
+            finished,
+            polls,
+        }
     }
 }
 
@@ -79,7 +106,11 @@ pub struct PyEvent {
 impl PyEvent {
     /// Converts an event; one that says that the channel ended becomes an error.
     pub fn from_event(py: Python<'_>, event: Event) -> PyResult<Self> {
-        let plain = |kind| Self { kind, parts: Vec::new(), progress: None };
+        let plain = |kind| Self {
+            kind,
+            parts: Vec::new(),
+            progress: None,
+        };
         Ok(match event {
             Event::Data(frame) => Self::with_parts(py, "data", frame)?,
             Event::Done(Outcome::Failed(frame)) => Self::with_parts(py, "error", frame)?,
@@ -87,7 +118,11 @@ impl PyEvent {
             Event::Done(Outcome::Acknowledged) => plain("ack"),
             Event::Done(Outcome::Pong(progress)) => {
                 let progress = Py::new(py, PyProgress::from(progress))?;
-                Self { kind: "pong", parts: Vec::new(), progress: Some(progress) }
+                Self {
+                    kind: "pong",
+                    parts: Vec::new(),
+                    progress: Some(progress),
+                }
             }
             Event::Done(Outcome::Cancelled) => {
                 return Err(Raised::from(inferpool_transport::Error::Cancelled).into());
@@ -100,7 +135,10 @@ impl PyEvent {
 
     fn with_parts(py: Python<'_>, kind: &'static str, frame: Frame) -> PyResult<Self> {
         let parts = parts(py, frame)?.into_iter().map(Bound::unbind).collect();
-        Ok(Self { kind, parts, progress: None })
+        Ok(Self {
+            kind,
+            parts,
+            progress: None,
+        })
     }
 }
-

@@ -59,7 +59,11 @@ impl PyHostChannel {
     }
 
     fn descriptors(&self) -> Vec<i32> {
-        self.0.descriptors().iter().map(AsRawFd::as_raw_fd).collect()
+        self.0
+            .descriptors()
+            .iter()
+            .map(AsRawFd::as_raw_fd)
+            .collect()
     }
 
     #[pyo3(signature = (parts, notifier=None))]
@@ -135,10 +139,22 @@ impl PyHostChannel {
 impl PyHostChannel {
     fn ask(&self, question: Control, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
         let notifier = notifier.map(|notifier| Arc::clone(&notifier.0));
-        let id = self.0.ask(question, notifier.as_ref()).map_err(Raised::from)?;
-        let state = CallState { unsent: None, id: Some(id), finished: false };
+        let id = self
+            .0
+            .ask(question, notifier.as_ref())
+            .map_err(Raised::from)?;
+        let state = CallState {
+            unsent: None,
+            id: Some(id),
+            finished: false,
+        };
         let host = Arc::clone(&self.0);
-        Ok(PyCall { host, notifier, state: Mutex::new(state), busy: false.into() })
+        Ok(PyCall {
+            host,
+            notifier,
+            state: Mutex::new(state),
+            busy: false.into(),
+        })
     }
 }
 
@@ -156,15 +172,14 @@ pub struct PyCall {
     notifier: Option<Arc<Notifier>>,
     state: Mutex<CallState>,
     /// One thread at a time sends or waits.
-    #[allow(clippy::disallowed_types, reason = "private to this process; loom has no part in it")]
     busy: std::sync::atomic::AtomicBool,
 }
 
 #[pymethods]
 impl PyCall {
     #[getter]
-    fn id(&self) -> Option<u64> {
-        self.state().id
+    fn id(&self) -> u64 {
+        self.state().id.unwrap_or(0)
     }
 
     /// Sends what fits now.
@@ -185,8 +200,13 @@ impl PyCall {
             return Err(PyRuntimeError::new_err("this call has no event loop"));
         };
         let state = self.state();
-        let Some((outgoing, _)) = &state.unsent else { return Ok(false) };
-        Ok(self.host.await_space(outgoing, waiter).map_err(Raised::from)?)
+        let Some((outgoing, _)) = &state.unsent else {
+            return Ok(false);
+        };
+        Ok(self
+            .host
+            .await_space(outgoing, waiter)
+            .map_err(Raised::from)?)
     }
 
     #[pyo3(signature = (timeout=None))]
@@ -240,7 +260,9 @@ impl PyCall {
 
     fn abandon(&self) {
         // Whoever waits for the call must be told, and gives it up later.
-        let Ok(_turn) = self.take_turn() else { return self.cancel() };
+        let Ok(_turn) = self.take_turn() else {
+            return self.cancel();
+        };
         let mut state = self.state();
         if state.finished {
             return;
@@ -280,7 +302,9 @@ impl PyCall {
         &self,
         send: impl FnOnce(&mut Outgoing, &Parts) -> PyResult<bool>,
     ) -> PyResult<bool> {
-        let Some((mut outgoing, parts)) = self.state().unsent.take() else { return Ok(true) };
+        let Some((mut outgoing, parts)) = self.state().unsent.take() else {
+            return Ok(true);
+        };
         let sent = send(&mut outgoing, &parts);
         let mut state = self.state();
         state.id = outgoing.call();
@@ -292,7 +316,9 @@ impl PyCall {
 
     fn take_turn(&self) -> PyResult<Turn<'_>> {
         if self.busy.swap(true, Ordering::Acquire) {
-            return Err(PyRuntimeError::new_err("another thread is waiting for this call"));
+            return Err(PyRuntimeError::new_err(
+                "another thread is waiting for this call",
+            ));
         }
         Ok(Turn(self))
     }

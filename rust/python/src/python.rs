@@ -59,7 +59,9 @@ pub fn settings(frame_limit: usize, wait: &str) -> PyResult<Settings> {
 
 /// The moment `timeout` seconds from now; `None` is never.
 pub fn deadline(timeout: Option<f64>) -> PyResult<Option<Instant>> {
-    let Some(seconds) = timeout else { return Ok(None) };
+    let Some(seconds) = timeout else {
+        return Ok(None);
+    };
     if seconds.is_nan() || seconds < 0.0 {
         return Err(PyValueError::new_err("timeout must not be negative"));
     }
@@ -83,7 +85,10 @@ pub fn patiently<T: Send>(
         // Closed before the look at pending signals: one that comes after it ends the sleep.
         let gate = SignalGate::close();
         py.check_signals()?;
-        let patience = Patience::Park { until, gate: Some(&gate) };
+        let patience = Patience::Park {
+            until,
+            gate: Some(&gate),
+        };
         match py.detach(|| attempt(patience)) {
             Err(Error::Interrupted) => {}
             result => return Ok(result.map_err(Raised)?),
@@ -123,7 +128,11 @@ impl<'py> FromPyObject<'_, 'py> for Parts {
 
 impl Parts {
     /// Gives `use_body` the parts as one body, to be used without the GIL.
-    pub fn with<T>(&self, py: Python<'_>, use_body: impl FnOnce(&Gather<'_>) -> PyResult<T>) -> PyResult<T> {
+    pub fn with<T>(
+        &self,
+        py: Python<'_>,
+        use_body: impl FnOnce(&Gather<'_>) -> PyResult<T>,
+    ) -> PyResult<T> {
         let slices: Vec<&[u8]> = self.0.iter().map(|part| part.as_slice(py)).collect();
         let gather = Gather::new(&slices)
             .ok_or_else(|| PayloadTooLarge::new_err("too many buffers in one payload"))?;

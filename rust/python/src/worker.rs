@@ -29,8 +29,16 @@ impl PyWorkerChannel {
         // SAFETY: the caller hands over descriptors that the process inherited for this purpose.
         let [segment, control, host_bell, request_bell, space_bell] =
             fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        let inherited = Inherited { segment, control, host_bell, request_bell, space_bell };
-        Ok(Self(Worker::attach(inherited, host_pid, settings).map_err(Raised::from)?))
+        let inherited = Inherited {
+            segment,
+            control,
+            host_bell,
+            request_bell,
+            space_bell,
+        };
+        Ok(Self(
+            Worker::attach(inherited, host_pid, settings).map_err(Raised::from)?,
+        ))
     }
 
     fn receive(&self, py: Python<'_>) -> PyResult<Option<PyRequest>> {

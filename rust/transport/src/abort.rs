@@ -33,7 +33,10 @@ impl AbortToken {
     }
 
     pub(crate) fn of_call(vitals: Arc<Vitals>, segment: Segment, slot: u32, call: u64) -> Self {
-        Self { vitals, call: Some((segment, slot, call)) }
+        Self {
+            vitals,
+            call: Some((segment, slot, call)),
+        }
     }
 
     /// Whether the host has cancelled this token's call.

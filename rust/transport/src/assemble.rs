@@ -35,7 +35,10 @@ impl Body {
     }
 
     fn empty() -> Self {
-        Self { start: NonNull::dangling(), length: 0 }
+        Self {
+            start: NonNull::dangling(),
+            length: 0,
+        }
     }
 
     /// Bytes of the body.
@@ -96,7 +99,10 @@ pub struct Assembler {
 impl Assembler {
     /// Accepts frames of up to `limit` bytes.
     pub fn new(limit: usize) -> Self {
-        Self { partials: HashMap::new(), limit }
+        Self {
+            partials: HashMap::new(),
+            limit,
+        }
     }
 
     /// Takes the record in; returns the frame that it completes, if it does. A request that the host
@@ -109,8 +115,13 @@ impl Assembler {
     ) -> Result<Option<Frame>, Violation> {
         let header = record.header;
         if header.kind == Kind::Request && header.flags == LAST && header.length == 0 {
-            self.partials.remove(&header.call).ok_or(Violation::Fragment)?;
-            return Ok(Some(Frame { header, body: Body::empty() }));
+            self.partials
+                .remove(&header.call)
+                .ok_or(Violation::Fragment)?;
+            return Ok(Some(Frame {
+                header,
+                body: Body::empty(),
+            }));
         }
         let mut partial = self.begin_or_continue(&header)?;
         let length = header.length as usize;
@@ -126,7 +137,10 @@ impl Assembler {
             return Err(Violation::Fragment);
         }
         if complete {
-            return Ok(Some(Frame { header, body: partial.body }));
+            return Ok(Some(Frame {
+                header,
+                body: partial.body,
+            }));
         }
         self.partials.insert(header.call, partial);
         Ok(None)
@@ -143,14 +157,22 @@ impl Assembler {
                 return Err(Violation::TooLarge);
             }
             let body = Body::with_length(total).ok_or(Violation::TooLarge)?;
-            return Ok(Partial { first: *header, body, filled: 0 });
+            return Ok(Partial {
+                first: *header,
+                body,
+                filled: 0,
+            });
         }
         let partial = known.ok_or(Violation::Fragment)?;
         let same = partial.first.kind == header.kind
             && partial.first.sequence == header.sequence
             && partial.first.slot == header.slot
             && partial.first.total == header.total;
-        if same && header.length > 0 { Ok(partial) } else { Err(Violation::Fragment) }
+        if same && header.length > 0 {
+            Ok(partial)
+        } else {
+            Err(Violation::Fragment)
+        }
     }
 }
 
@@ -162,3 +184,6 @@ pub(crate) fn fragment(total: usize, max_body: usize, at: usize) -> (u16, std::o
     let last = if end == total { LAST } else { 0 };
     (first | last, at..end)
 }
+
+#[cfg(test)]
+mod tests;

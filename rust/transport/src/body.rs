@@ -40,12 +40,20 @@ impl<'a> Gather<'a> {
         for (index, part) in parts.iter().enumerate() {
             total = part_start(index, total) + part.len();
         }
-        Some(Self { table, parts, total })
+        Some(Self {
+            table,
+            parts,
+            total,
+        })
     }
 
     /// A body without parts, as END frames have.
     pub fn empty() -> Self {
-        Self { table: Vec::new(), parts: &[], total: 0 }
+        Self {
+            table: Vec::new(),
+            parts: &[],
+            total: 0,
+        }
     }
 
     /// Bytes of the body.
@@ -108,5 +116,9 @@ fn table_size(parts: usize) -> usize {
 }
 
 fn part_start(index: usize, end: usize) -> usize {
-    if index == 0 { end } else { end.next_multiple_of(PART_ALIGN) }
+    if index == 0 {
+        end
+    } else {
+        end.next_multiple_of(PART_ALIGN)
+    }
 }

@@ -129,21 +129,33 @@ impl Calls {
     /// Calls that have no outcome yet; questions on the control plane are none.
     pub fn undecided(&self) -> Vec<u64> {
         let undecided = |call: &Call| call.slot.is_some() && call.outcome.is_none();
-        self.table.iter().filter(|(_, call)| undecided(call)).map(|(&id, _)| id).collect()
+        self.table
+            .iter()
+            .filter(|(_, call)| undecided(call))
+            .map(|(&id, _)| id)
+            .collect()
     }
 
     /// Opens a call, or says that every slot is taken.
     pub fn open(&mut self) -> Result<Option<(u64, u32)>> {
         self.check_open()?;
-        let Some(slot) = self.free_slots.pop() else { return Ok(None) };
-        let id = self.insert(Call { slot: Some(slot), ..Call::default() });
+        let Some(slot) = self.free_slots.pop() else {
+            return Ok(None);
+        };
+        let id = self.insert(Call {
+            slot: Some(slot),
+            ..Call::default()
+        });
         Ok(Some((id, slot)))
     }
 
     /// Opens a question on the control plane; its id is the nonce.
     pub fn open_control(&mut self) -> Result<u64> {
         self.check_open()?;
-        Ok(self.insert(Call { sent: true, ..Call::default() }))
+        Ok(self.insert(Call {
+            sent: true,
+            ..Call::default()
+        }))
     }
 
     pub fn has_free_slot(&self) -> bool {
@@ -163,12 +175,9 @@ impl Calls {
 
     /// Whether the call can still be sent: it has no outcome yet.
     pub fn is_undecided(&self, id: u64) -> bool {
-        self.table.get(&id).is_some_and(|call| call.outcome.is_none())
-    }
-
-    /// Whether nothing can happen to the call any more: its end was taken, or it never was.
-    pub fn is_over(&self, id: u64) -> bool {
-        self.table.get(&id).is_none_or(|call| call.abandoned && call.outcome.is_none())
+        self.table
+            .get(&id)
+            .is_some_and(|call| call.outcome.is_none())
     }
 
     /// Notes that part of the request is with the worker, so that it will answer.
@@ -185,9 +194,14 @@ impl Calls {
         }
     }
 
-    fn other_waiters<'a>(&'a self, me: &'a Arc<Notifier>) -> impl Iterator<Item = &'a Arc<Notifier>> {
+    fn other_waiters<'a>(
+        &'a self,
+        me: &'a Arc<Notifier>,
+    ) -> impl Iterator<Item = &'a Arc<Notifier>> {
         let of_calls = self.table.values().filter_map(|call| call.waiter.as_ref());
-        of_calls.chain(&self.space_waiters).filter(move |waiter| !Arc::ptr_eq(waiter, me))
+        of_calls
+            .chain(&self.space_waiters)
+            .filter(move |waiter| !Arc::ptr_eq(waiter, me))
     }
 
     /// Whether anybody but `me` waits on this channel.
@@ -213,7 +227,8 @@ impl Calls {
 
     /// Takes the registration back.
     pub fn remove_space_waiter(&mut self, waiter: &Arc<Notifier>) {
-        self.space_waiters.retain(|other| !Arc::ptr_eq(other, waiter));
+        self.space_waiters
+            .retain(|other| !Arc::ptr_eq(other, waiter));
     }
 
     /// Checks that a record may come from the worker now, before its body is copied.
@@ -238,7 +253,10 @@ impl Calls {
     /// Hands a frame whose records were admitted to its call.
     pub fn deliver(&mut self, frame: Frame, me: &Arc<Notifier>) -> Result<(), Violation> {
         let header = frame.header;
-        let call = self.table.get_mut(&header.call).ok_or(Violation::UnknownCall)?;
+        let call = self
+            .table
+            .get_mut(&header.call)
+            .ok_or(Violation::UnknownCall)?;
         debug_assert!(header.flags & LAST != 0);
         call.next_sequence = call.next_sequence.wrapping_add(1);
         let late = call.outcome.is_some() || call.abandoned;
@@ -254,8 +272,11 @@ impl Calls {
             kind => {
                 if !late {
                     let failed = kind == Kind::Error;
-                    call.outcome =
-                        Some(if failed { Outcome::Failed(frame) } else { Outcome::Ended });
+                    call.outcome = Some(if failed {
+                        Outcome::Failed(frame)
+                    } else {
+                        Outcome::Ended
+                    });
                 }
                 self.free_slots.extend(call.slot.take());
             }
@@ -271,7 +292,12 @@ impl Calls {
     }
 
     /// Takes an answer from the control plane. One to a question given up long ago is dropped.
-    pub fn answer(&mut self, id: u64, outcome: Outcome, me: &Arc<Notifier>) -> Result<(), Violation> {
+    pub fn answer(
+        &mut self,
+        id: u64,
+        outcome: Outcome,
+        me: &Arc<Notifier>,
+    ) -> Result<(), Violation> {
         if id >= self.next_id {
             return Err(Violation::Control);
         }
@@ -289,8 +315,9 @@ impl Calls {
 
     /// Takes what happened next, if anything did.
     pub fn take(&mut self, id: u64) -> Option<(Event, Option<SlotUpdate>)> {
-        let Some(call) = self.table.get_mut(&id) else {
-            // Given up by somebody else.
+        let is_over = |call: &Call| call.abandoned && call.outcome.is_none();
+        let Some(call) = self.table.get_mut(&id).filter(|call| !is_over(call)) else {
+            // Given up, or taken to its end, by somebody else.
             return Some((Event::Done(Outcome::Cancelled), None));
         };
         if let Some(frame) = call.frames.pop_front() {
@@ -320,7 +347,8 @@ impl Calls {
             self.notify_space_waiters();
             return None;
         }
-        call.slot.map(|slot| SlotUpdate::Cancelled { slot, call: id })
+        call.slot
+            .map(|slot| SlotUpdate::Cancelled { slot, call: id })
     }
 
     /// Gives the call up: cancels it if it is undecided, and nobody will ask for its outcome.
@@ -360,8 +388,15 @@ impl Calls {
     }
 
     fn forget_if_over(&mut self, id: u64) {
-        if self.table.get(&id).is_some_and(|call| call.abandoned && call.slot.is_none()) {
+        if self
+            .table
+            .get(&id)
+            .is_some_and(|call| call.abandoned && call.slot.is_none())
+        {
             self.table.remove(&id);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

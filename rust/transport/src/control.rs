@@ -52,8 +52,12 @@ impl Control {
         wire[0..4].copy_from_slice(&kind.to_le_bytes());
         wire[8..16].copy_from_slice(&nonce.to_le_bytes());
         if let Self::Pong(progress) = self {
-            let counts =
-                [progress.requests, progress.replies, progress.finished, progress.polls];
+            let counts = [
+                progress.requests,
+                progress.replies,
+                progress.finished,
+                progress.polls,
+            ];
             for (chunk, count) in wire[16..].as_chunks_mut::<8>().0.iter_mut().zip(counts) {
                 *chunk = count.to_le_bytes();
             }

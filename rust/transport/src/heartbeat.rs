@@ -48,7 +48,13 @@ impl Heartbeat {
             return Err(Error::PeerDied);
         }
         let stop = Arc::new(Doorbell::new()?);
-        let beat = Beat { control, host, stop: Arc::clone(&stop), vitals, bells };
+        let beat = Beat {
+            control,
+            host,
+            stop: Arc::clone(&stop),
+            vitals,
+            bells,
+        };
         // The new thread inherits the mask: signals are for the main thread.
         let gate = SignalGate::close();
         let thread = std::thread::Builder::new()
@@ -68,7 +74,11 @@ impl Heartbeat {
 
 impl Beat {
     fn run(self) {
-        let fds = [Some(self.control.as_fd()), Some(self.host.as_fd()), Some(self.stop.as_fd())];
+        let fds = [
+            Some(self.control.as_fd()),
+            Some(self.host.as_fd()),
+            Some(self.stop.as_fd()),
+        ];
         loop {
             match platform::wait(fds, None, None) {
                 Ok([_, _, true]) => return,
@@ -104,7 +114,9 @@ impl Beat {
                 (Control::Ack, nonce)
             }
             _ => {
-                self.vitals.unexpected_control.fetch_add(1, Ordering::Relaxed);
+                self.vitals
+                    .unexpected_control
+                    .fetch_add(1, Ordering::Relaxed);
                 // The dispatch loop logs it.
                 if let Some(bell) = self.bells.first() {
                     bell.ring();

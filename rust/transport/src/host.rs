@@ -160,7 +160,10 @@ impl Host {
     /// Descriptors for an event loop to watch; when one is readable, call [`Self::look`].
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let fixed = [self.bell.as_fd(), self.control.as_fd()];
-        fixed.into_iter().chain(self.death.get().map(AsFd::as_fd)).collect()
+        fixed
+            .into_iter()
+            .chain(self.death.get().map(AsFd::as_fd))
+            .collect()
     }
 
     /// Sends a request, or as much of it as fits now; `true` when it is all out. Called again with
@@ -174,12 +177,17 @@ impl Host {
     ) -> Result<bool> {
         self.check_owner()?;
         if body.total() > self.frame_limit {
-            return Err(Error::TooLarge { size: body.total(), limit: self.frame_limit });
+            return Err(Error::TooLarge {
+                size: body.total(),
+                limit: self.frame_limit,
+            });
         }
         if outgoing.done {
             return Ok(true);
         }
-        let Some((call, slot)) = self.open_call(outgoing, waiter)? else { return Ok(false) };
+        let Some((call, slot)) = self.open_call(outgoing, waiter)? else {
+            return Ok(false);
+        };
         let mut sender = lock(&self.sender);
         let pushed = self.push_records(&mut sender, outgoing, (call, slot), body);
         drop(sender);
@@ -234,9 +242,13 @@ impl Host {
     fn push_withdrawals(&self, sender: &mut Producer<RingMemory>) -> Result<bool> {
         loop {
             let mut calls = lock(&self.calls);
-            let Some(&(call, slot)) = calls.withdrawn.last() else { return Ok(true) };
+            let Some(&(call, slot)) = calls.withdrawn.last() else {
+                return Ok(true);
+            };
             let header = request_header(call, slot, LAST, 0, 0);
-            let Some(ring) = sender.push(&header, |_| ())? else { return Ok(false) };
+            let Some(ring) = sender.push(&header, |_| ())? else {
+                return Ok(false);
+            };
             calls.withdrawn.pop();
             drop(calls);
             if ring {
@@ -318,7 +330,8 @@ impl Host {
     /// Gives a request up that is not all out. Once part of it is with the worker, the worker has
     /// to be told, as soon as there is space for that.
     pub fn withdraw(&self, outgoing: &Outgoing) {
-        if let (Some((call, slot)), Some(_), false) = (outgoing.opened, outgoing.at, outgoing.done) {
+        if let (Some((call, slot)), Some(_), false) = (outgoing.opened, outgoing.at, outgoing.done)
+        {
             lock(&self.calls).withdrawn.push((call, slot));
         }
         if let Some(call) = outgoing.call() {
@@ -358,22 +371,19 @@ impl Host {
         self.check_owner()?;
         let me = Notifier::of_thread()?;
         lock(&self.calls).set_waiter(call, Some(&me));
-        let waited =
-            self.wait_for(&me, patience, &mut || self.take_or_fail(call), &mut || Ok(false));
+        let waited = self.wait_for(&me, patience, &mut || self.take(call), &mut || Ok(false));
         // In this order: a leader must not choose as its successor one that leaves too.
         lock(&self.calls).set_waiter(call, None);
         self.hand_over(&me);
-        waited?
-    }
-
-    /// As [`Self::take`], but nothing will ever happen to a call whose end was taken before.
-    fn take_or_fail(&self, call: u64) -> Option<Result<Event>> {
-        let event = self.take(call).map(Ok);
-        event.or_else(|| lock(&self.calls).is_over(call).then_some(Err(Error::Cancelled)))
+        waited
     }
 
     fn take(&self, call: u64) -> Option<Event> {
-        self.update(|calls| calls.take(call).map_or((None, None), |(event, update)| (Some(event), update)))
+        self.update(|calls| {
+            calls
+                .take(call)
+                .map_or((None, None), |(event, update)| (Some(event), update))
+        })
     }
 
     /// Cancels the call: it ends here at once, and the worker is told. Does nothing to a call that
@@ -409,10 +419,16 @@ impl Host {
         // Before unlocking: afterwards the slot may be another call's.
         match update {
             SlotUpdate::Consumed { slot, bytes } => {
-                self.segment.slot(slot).consumed.store(bytes, Ordering::Release);
+                self.segment
+                    .slot(slot)
+                    .consumed
+                    .store(bytes, Ordering::Release);
             }
             SlotUpdate::Cancelled { slot, call } => {
-                self.segment.slot(slot).cancelled.store(call, Ordering::Release);
+                self.segment
+                    .slot(slot)
+                    .cancelled
+                    .store(call, Ordering::Release);
             }
         }
         drop(calls);
@@ -438,7 +454,14 @@ impl Host {
 
     fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
         let now = Instant::now();
-        self.react(reader, me, Patience::Park { until: Some(now), gate: None })?;
+        self.react(
+            reader,
+            me,
+            Patience::Park {
+                until: Some(now),
+                gate: None,
+            },
+        )?;
         loop {
             while self.pump(reader, me)? {}
             if lock(&self.calls).end().is_some() || self.arm(reader)? {
@@ -463,7 +486,9 @@ impl Host {
     /// was never watched counts as ended.
     pub fn wait_death(&self, until: Option<Instant>) -> Result<bool> {
         self.check_owner()?;
-        let Some(death) = self.death.get() else { return Ok(true) };
+        let Some(death) = self.death.get() else {
+            return Ok(true);
+        };
         let [dead] = platform::wait([Some(death.as_fd())], until, None)?;
         Ok(dead)
     }
@@ -485,7 +510,11 @@ impl Host {
     }
 
     fn check_owner(&self) -> Result<()> {
-        if std::process::id() == self.owner { Ok(()) } else { Err(Error::Forked) }
+        if std::process::id() == self.owner {
+            Ok(())
+        } else {
+            Err(Error::Forked)
+        }
     }
 
     fn ring(&self, bell: &Doorbell) {
@@ -512,7 +541,9 @@ impl Host {
             }
             // Somebody leads. It looks for other waiters after it has unlocked, and this one was
             // registered before it tried the lock, so one of the two always notices the other.
-            let Patience::Park { until, gate } = patience else { return Err(Error::WouldPark) };
+            let Patience::Park { until, gate } = patience else {
+                return Err(Error::WouldPark);
+            };
             if skip_park()? {
                 continue;
             }
@@ -561,7 +592,10 @@ impl Host {
     }
 
     fn arm(&self, reader: &mut Reader) -> Result<bool> {
-        reader.ring.arm().map_err(|violation| self.violated(violation))
+        reader
+            .ring
+            .arm()
+            .map_err(|violation| self.violated(violation))
     }
 
     fn try_lead(&self) -> Option<MutexGuard<'_, Reader>> {
@@ -582,12 +616,15 @@ impl Host {
 
     /// Takes up to a batch of records off the ring; `true` when there may be more.
     fn pump(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool> {
-        self.take_records(reader, me).map_err(|violation| self.violated(violation))
+        self.take_records(reader, me)
+            .map_err(|violation| self.violated(violation))
     }
 
     fn take_records(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool, Violation> {
         for _ in 0..RECORD_BATCH {
-            let Some(record) = reader.ring.peek()? else { return Ok(false) };
+            let Some(record) = reader.ring.peek()? else {
+                return Ok(false);
+            };
             {
                 let calls = lock(&self.calls);
                 if calls.end().is_some() {
@@ -614,7 +651,9 @@ impl Host {
         me: &Arc<Notifier>,
         patience: Patience<'_>,
     ) -> Result<bool> {
-        let Patience::Park { until, gate } = patience else { return Err(Error::WouldPark) };
+        let Patience::Park { until, gate } = patience else {
+            return Err(Error::WouldPark);
+        };
         let fds = [
             Some(self.bell.as_fd()),
             reader.control_open.then(|| self.control.as_fd()),
@@ -655,7 +694,9 @@ impl Host {
                     return Ok(());
                 }
             };
-            let answered = datagram.ok_or(Violation::Control).and_then(Control::from_wire);
+            let answered = datagram
+                .ok_or(Violation::Control)
+                .and_then(Control::from_wire);
             let accepted = answered.and_then(|(message, nonce)| {
                 let outcome = match message {
                     Control::Pong(progress) => Outcome::Pong(progress),
@@ -671,7 +712,9 @@ impl Host {
 
     /// Before a new call: a worker that died unwatched must not take it.
     fn notice_death(&self) -> Result<()> {
-        let Some(death) = self.death.get() else { return Ok(()) };
+        let Some(death) = self.death.get() else {
+            return Ok(());
+        };
         let [dead] = platform::wait([Some(death.as_fd())], Some(Instant::now()), None)?;
         if dead { Err(Error::PeerDied) } else { Ok(()) }
     }

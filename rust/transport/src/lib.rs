@@ -82,5 +82,7 @@ pub enum Patience<'a> {
 /// Locks a mutex whose data stays consistent even if a holder panicked.
 #[cfg(not(loom))]
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

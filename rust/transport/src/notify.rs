@@ -19,7 +19,10 @@ impl Notifier {
 
     /// For an event loop, which watches the descriptor and asks what is ready.
     pub fn for_loop() -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { bell: Doorbell::new()?, ready: Some(Mutex::default()) }))
+        Ok(Arc::new(Self {
+            bell: Doorbell::new()?,
+            ready: Some(Mutex::default()),
+        }))
     }
 
     /// The calling thread's own, made when it first waits.
@@ -31,7 +34,10 @@ impl Notifier {
             if let Some(notifier) = own.get() {
                 return Ok(Arc::clone(notifier));
             }
-            let notifier = Arc::new(Self { bell: Doorbell::new()?, ready: None });
+            let notifier = Arc::new(Self {
+                bell: Doorbell::new()?,
+                ready: None,
+            });
             Ok(Arc::clone(own.get_or_init(|| notifier)))
         })
     }
@@ -51,7 +57,10 @@ impl Notifier {
     /// Notes that call `id` has something; `awake` leaves out the ring, for one that tells itself.
     pub(crate) fn notify(&self, id: u64, awake: bool) {
         if let Some(ready) = &self.ready {
-            ready.lock().unwrap_or_else(PoisonError::into_inner).push(id);
+            ready
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(id);
         }
         if !awake {
             self.bell.ring();

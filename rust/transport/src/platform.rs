@@ -77,7 +77,10 @@ pub struct Doorbell(OwnedFd);
 impl Doorbell {
     /// A doorbell that nobody has rung.
     pub fn new() -> Result<Self> {
-        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+        Ok(Self(eventfd(
+            0,
+            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+        )?))
     }
 
     /// Takes over an inherited doorbell.
@@ -106,7 +109,12 @@ impl AsFd for Doorbell {
 /// The two ends of a control socket. Datagrams keep their borders; closing one end is seen at the
 /// other.
 pub(crate) fn control_pair() -> Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+    Ok(socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
 }
 
 /// Sends one datagram without blocking.

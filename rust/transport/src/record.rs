@@ -111,8 +111,43 @@ impl Header {
 
     /// Decodes and checks what a header can say by itself.
     pub fn from_wire(wire: &[u8; HEADER]) -> Result<Self, Violation> {
-        let [l0, l1, l2, l3, k0, k1, f0, f1, c0, c1, c2, c3, c4, c5, c6, c7, rest @ ..] = *wire;
-        let [q0, q1, q2, q3, s0, s1, s2, s3, t0, t1, t2, t3, t4, t5, t6, t7] = rest;
+        let [
+            l0,
+            l1,
+            l2,
+            l3,
+            k0,
+            k1,
+            f0,
+            f1,
+            c0,
+            c1,
+            c2,
+            c3,
+            c4,
+            c5,
+            c6,
+            c7,
+            rest @ ..,
+        ] = *wire;
+        let [
+            q0,
+            q1,
+            q2,
+            q3,
+            s0,
+            s1,
+            s2,
+            s3,
+            t0,
+            t1,
+            t2,
+            t3,
+            t4,
+            t5,
+            t6,
+            t7,
+        ] = rest;
         let header = Self {
             length: u32::from_le_bytes([l0, l1, l2, l3]),
             kind: Kind::from_wire(u16::from_le_bytes([k0, k1]))?,

@@ -81,7 +81,11 @@ pub struct Producer<M> {
 impl<M: Memory> Producer<M> {
     /// Takes the writing end of a fresh ring.
     pub fn new(memory: M) -> Self {
-        Self { memory, tail: 0, head: 0 }
+        Self {
+            memory,
+            tail: 0,
+            head: 0,
+        }
     }
 
     /// Bytes of body that fit into one record.
@@ -170,7 +174,7 @@ impl<M: Memory> Producer<M> {
         }
         // SYNC POINT B
         let head = self.memory.head().load(Ordering::Acquire);
-        if head < self.head || head > self.tail || head % ALIGN as u64 != 0 {
+        if head < self.head || head > self.tail || !head.is_multiple_of(ALIGN as u64) {
             return Err(Violation::Position);
         }
         self.head = head;
@@ -198,7 +202,11 @@ pub struct Consumer<M> {
 impl<M: Memory> Consumer<M> {
     /// Takes the reading end of a fresh ring.
     pub fn new(memory: M) -> Self {
-        Self { memory, head: 0, tail: 0 }
+        Self {
+            memory,
+            head: 0,
+            tail: 0,
+        }
     }
 
     /// Whether a look with [`Self::peek`] is worth it. Cheap enough to spin on.
@@ -275,7 +283,7 @@ impl<M: Memory> Consumer<M> {
         let tail = self.memory.tail().load(Ordering::Acquire);
         if tail < self.tail
             || tail - self.head > self.memory.capacity() as u64
-            || tail % ALIGN as u64 != 0
+            || !tail.is_multiple_of(ALIGN as u64)
         {
             return Err(Violation::Position);
         }

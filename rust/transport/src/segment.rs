@@ -67,7 +67,8 @@ impl Segment {
         let capacity = (length - DATA_START) / 2;
         let segment = Self::map(file, length, capacity)?;
         let expected = [(0, MAGIC), (8, VERSION), (16, capacity as u64)];
-        let matches = |&(at, value): &(usize, u64)| segment.word(at).load(Ordering::Relaxed) == value;
+        let matches =
+            |&(at, value): &(usize, u64)| segment.word(at).load(Ordering::Relaxed) == value;
         if !ring::is_valid_capacity(capacity) || !expected.iter().all(matches) {
             return Err(Violation::Segment.into());
         }
@@ -81,19 +82,30 @@ impl Segment {
 
     /// Memory of the ring from host to worker.
     pub fn requests(&self) -> RingMemory {
-        RingMemory { segment: self.clone(), words: REQUEST_WORDS, data: DATA_START }
+        RingMemory {
+            segment: self.clone(),
+            words: REQUEST_WORDS,
+            data: DATA_START,
+        }
     }
 
     /// Memory of the ring from worker to host.
     pub fn replies(&self) -> RingMemory {
         let data = DATA_START + self.capacity;
-        RingMemory { segment: self.clone(), words: REPLY_WORDS, data }
+        RingMemory {
+            segment: self.clone(),
+            words: REPLY_WORDS,
+            data,
+        }
     }
 
     /// A call's slot. Host writes, worker reads.
     pub fn slot(&self, slot: u32) -> Slot<'_> {
         let at = SLOTS_START + (slot % SLOTS) as usize * SLOT_SIZE;
-        Slot { cancelled: self.word(at), consumed: self.word(at + 8) }
+        Slot {
+            cancelled: self.word(at),
+            consumed: self.word(at + 8),
+        }
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {

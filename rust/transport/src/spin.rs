@@ -32,7 +32,10 @@ impl Spinner {
     pub(crate) fn new(policy: WaitPolicy) -> Self {
         // On one CPU the peer can't run while this side spins.
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { enabled: policy == WaitPolicy::Adaptive && cpus > 1, failures: 0 }
+        Self {
+            enabled: policy == WaitPolicy::Adaptive && cpus > 1,
+            failures: 0,
+        }
     }
 
     /// Spins until `ready`, or until it stops being worth it; returns what `ready` said last.

@@ -1,7 +1,5 @@
 //! The one place where atomics come from: the standard library's, or loom's under `--cfg loom`.
 
-#![allow(clippy::disallowed_types)]
-
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 #[cfg(not(loom))]

@@ -63,8 +63,7 @@ impl Worker {
         let request_bell = Arc::new(Doorbell::from_fd(inherited.request_bell));
         let space_bell = Arc::new(Doorbell::from_fd(inherited.space_bell));
         let bells = vec![Arc::clone(&request_bell), Arc::clone(&space_bell)];
-        let heartbeat =
-            Heartbeat::start(inherited.control, host_pid, Arc::clone(&vitals), bells)?;
+        let heartbeat = Heartbeat::start(inherited.control, host_pid, Arc::clone(&vitals), bells)?;
         Ok(Arc::new(Self {
             inbox: Mutex::new(Inbox {
                 ring: Consumer::new(segment.requests()),
@@ -182,7 +181,12 @@ struct ReplyState {
 impl ReplyPort {
     /// For the request with this header.
     pub fn new(worker: Arc<Worker>, request: &Header) -> Self {
-        Self { worker, call: request.call, slot: request.slot, state: Mutex::default() }
+        Self {
+            worker,
+            call: request.call,
+            slot: request.slot,
+            state: Mutex::default(),
+        }
     }
 
     /// Id of the call.
@@ -209,7 +213,10 @@ impl ReplyPort {
     /// [`Error::Closed`] after the last frame or on shutdown, [`Error::TooLarge`].
     pub fn send(&self, kind: Kind, body: &Gather<'_>, patience: Patience<'_>) -> Result<()> {
         if body.total() > self.worker.frame_limit {
-            return Err(Error::TooLarge { size: body.total(), limit: self.worker.frame_limit });
+            return Err(Error::TooLarge {
+                size: body.total(),
+                limit: self.worker.frame_limit,
+            });
         }
         let mut state = lock(&self.state);
         // Held while parked too: one sender at a time waits on the one doorbell.
@@ -304,7 +311,12 @@ impl ReplyPort {
     }
 
     fn has_credit(&self, state: &ReplyState, kind: Kind) -> bool {
-        let consumed = self.worker.segment.slot(self.slot).consumed.load(Ordering::Acquire);
+        let consumed = self
+            .worker
+            .segment
+            .slot(self.slot)
+            .consumed
+            .load(Ordering::Acquire);
         kind.is_terminal() || state.at.is_some() || state.sent.saturating_sub(consumed) < WINDOW
     }
 }

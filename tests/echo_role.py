@@ -1,0 +1,149 @@
+"""A custom role for the tests: everything that a handler can do, good and bad."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from inferpool.errors import CallCancelled
+from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
+
+
+class Session:
+    """Says in the log when it is closed."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def close(self) -> None:
+        logging.getLogger("echo").info("session closed")
+        if self.options.get("close_raises"):
+            raise RuntimeError("close fails")
+        time.sleep(self.options.get("close_seconds", 0))
+
+
+def make_session(role_config: RoleConfig, abort: Any) -> Session:
+    options = role_config.options
+    if "exit" in options:
+        os._exit(options["exit"])
+    if "raise" in options:
+        raise RuntimeError(options["raise"])
+    began = time.monotonic()
+    while time.monotonic() - began < options.get("load_seconds", 0) and not abort.is_set():
+        time.sleep(0.005)
+    return Session(dict(options))
+
+
+def echo(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    reply.send("echo", payload)
+
+
+def count(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Send 0, 1, ... up to the payload; with None, without end."""
+    number = 0
+    while payload is None or number < payload:
+        reply.send("number", number)
+        number += 1
+
+
+def sized(reply: Reply, payload: list[int], state: WorkerLoopState) -> None:
+    """Send one bytes object of each size, filled with its index."""
+    for index, size in enumerate(payload):
+        reply.send("bytes", bytes([index % 256]) * size)
+
+
+def nothing(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """End without an item."""
+
+
+def hold_gil(reply: Reply, payload: float, state: WorkerLoopState) -> None:
+    """Keep the GIL for so many seconds: `PyDLL` does not release it."""
+    ctypes.PyDLL(None).usleep(int(payload * 1e6))
+    reply.send("held", payload)
+
+
+def wait_for_abort(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Send one item, then poll the abort token natively until it is set."""
+    poll = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(reply.abort.callback)
+    reply.send("waiting", None)
+    while not poll(reply.abort.data):
+        time.sleep(0.001)
+    raise CallCancelled("aborted")
+
+
+def sleep(reply: Reply, payload: float, state: WorkerLoopState) -> None:
+    time.sleep(payload)
+    reply.send("slept", payload)
+
+
+def raise_(reply: Reply, payload: str, state: WorkerLoopState) -> None:
+    errors: dict[str, Callable[[], BaseException]] = {
+        "value": lambda: ValueError("wrong \udcff value"),
+        "exit": lambda: SystemExit(3),
+        "interrupt": KeyboardInterrupt,
+        "long": lambda: ValueError("x" * 2_000_000),
+    }
+    raise errors[payload]()
+
+
+def unencodable(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    reply.send("set", {1, 2})
+
+
+def die(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Send what came with the signal's name, then die of that signal."""
+    reply.send("last words", payload["words"])
+    print("native last words", flush=True)
+    os.kill(os.getpid(), getattr(signal, payload["signal"]))
+    time.sleep(30)
+
+
+def exit_now(reply: Reply, payload: int, state: WorkerLoopState) -> None:
+    os._exit(payload)
+
+
+def facts(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """What the worker process looks like from inside."""
+    reply.send(
+        "facts",
+        {
+            "pid": os.getpid(),
+            "stdin": os.readlink("/proc/self/fd/0"),
+            "stdout": os.readlink("/proc/self/fd/1"),
+            "served": state.served,
+            "dropped": state.dropped,
+            "role": state.role_config.role,
+            "modules": [name for name in sys.modules if name.startswith("inferpool.host")],
+        },
+    )
+
+
+def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
+    """Write so many bytes to the log, half through logging, half as native prints."""
+    for _ in range(payload // 2000):
+        os.write(2, b"n" * 999 + b"\n")
+        logging.getLogger("echo").info("p" * 999)
+    reply.send("size", os.fstat(2).st_size)
+
+
+HANDLERS: dict[str, KindHandler] = {
+    "echo": echo,
+    "count": count,
+    "sized": sized,
+    "nothing": nothing,
+    "hold_gil": hold_gil,
+    "wait_for_abort": wait_for_abort,
+    "sleep": sleep,
+    "raise": raise_,
+    "unencodable": unencodable,
+    "die": die,
+    "exit": exit_now,
+    "facts": facts,
+    "chatter": chatter,
+}

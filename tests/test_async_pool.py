@@ -1,0 +1,281 @@
+"""`AsyncPool`: the same rules as `Pool`, on event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import echo_role, eventually
+from inferpool import (
+    AsyncPool,
+    CallCancelled,
+    CallTimeout,
+    Pool,
+    PoolClosed,
+    QueueFull,
+    RemoteError,
+    WorkerCrashed,
+)
+
+
+@contextlib.asynccontextmanager
+async def echo_pool(**options: Any) -> AsyncIterator[AsyncPool]:
+    async with AsyncPool(echo=echo_role(), **options) as pool:
+        yield pool
+
+
+def run(body: Callable[[AsyncPool], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with echo_pool() as pool:
+            await body(pool)
+
+    asyncio.run(main())
+
+
+def test_calls_and_streams() -> None:
+    async def body(pool: AsyncPool) -> None:
+        assert await pool.start() is pool
+        assert await pool.call("echo", "echo", {"a": 1}) == {"a": 1}
+        assert [item async for item in pool.stream("echo", "count", 3000)] == list(range(3000))
+        with pytest.raises(RemoteError, match="ValueError"):
+            await pool.call("echo", "raise", "value")
+        assert await pool.ping() < 5
+        assert pool.status()["echo"].state == "ready"
+
+    run(body)
+
+
+def test_many_tasks_get_their_own_answers() -> None:
+    async def body(pool: AsyncPool) -> None:
+        async def caller(number: int) -> None:
+            for turn in range(20):
+                assert await pool.call("echo", "echo", [number, turn]) == [number, turn]
+
+        await asyncio.gather(*(caller(number) for number in range(50)))
+
+    run(body)
+
+
+def test_large_payloads_both_ways_at_once() -> None:
+    async def body(pool: AsyncPool) -> None:
+        array = np.arange((24 << 20) // 8)
+        answers = await asyncio.gather(*(pool.call("echo", "echo", array) for _ in range(3)))
+        for answer in answers:
+            np.testing.assert_array_equal(answer, array)
+
+    run(body)
+
+
+def test_the_loop_goes_on_while_a_call_waits_behind_a_full_ring() -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        busy = asyncio.create_task(pool.call("echo", "sleep", 0.3))
+        await asyncio.sleep(0.05)
+        big = asyncio.create_task(pool.call("echo", "echo", b"x" * (16 << 20)))
+        ticks = 0
+        while not busy.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert ticks > 3
+        assert len(await big) == 16 << 20
+
+    run(body)
+
+
+def test_a_request_given_up_half_sent_leaves_the_worker_usable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        busy = asyncio.create_task(pool.call("echo", "sleep", 0.5))
+        await asyncio.sleep(0.05)
+        with pytest.raises(CallTimeout):
+            await pool.call("echo", "echo", b"x" * (16 << 20), timeout=0.1)
+        monkeypatch.setattr("inferpool.host.calls.QUEUE_SECONDS", 0.1)
+        with pytest.raises(QueueFull):
+            await pool.call("echo", "echo", b"x" * (16 << 20))
+        await busy
+        for number in range(5):
+            assert await pool.call("echo", "echo", number) == number
+        assert pool.status()["echo"].in_flight == 0
+
+    run(body)
+
+
+def test_cancelling_a_task_cancels_its_call() -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        task = asyncio.create_task(pool.call("echo", "wait_for_abort"))
+        while not pool.status()["echo"].in_flight:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        facts = await pool.call("echo", "facts")
+        assert facts["dropped"] == 1
+
+    run(body)
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_task_can_be_cancelled_at_every_await_point(steps: int) -> None:
+    async def body(pool: AsyncPool) -> None:
+        task = asyncio.create_task(pool.call("echo", "echo", b"x" * 100_000))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert await pool.call("echo", "echo", 1) == 1
+
+    run(body)
+
+
+def test_cancel_and_timeout() -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        task = asyncio.create_task(pool.call("echo", "wait_for_abort"))
+        while not pool.cancel("echo"):
+            await asyncio.sleep(0.001)
+        with pytest.raises(CallCancelled):
+            await task
+        with pytest.raises(CallTimeout):
+            await pool.call("echo", "wait_for_abort", timeout=0.05)
+        assert await pool.call("echo", "echo", 1, timeout=10) == 1
+
+    run(body)
+
+
+def test_a_closed_stream_ends() -> None:
+    async def body(pool: AsyncPool) -> None:
+        async with pool.stream("echo", "count", None) as stream:
+            assert await anext(stream) == 0
+        assert [item async for item in stream] == []
+        unopened = pool.stream("echo", "count", None)
+        unopened.cancel()
+        await unopened.aclose()
+        assert [item async for item in unopened] == []
+        endless = pool.stream("echo", "wait_for_abort")
+        await anext(endless)
+        endless.cancel()
+        with pytest.raises(CallCancelled):
+            await anext(endless)
+        assert await pool.call("echo", "echo", 1) == 1
+
+    run(body)
+
+
+def test_a_crash_is_an_error_at_once_and_the_next_call_works() -> None:
+    async def body(pool: AsyncPool) -> None:
+        stream = pool.stream("echo", "die", {"words": "bye", "signal": "SIGKILL"})
+        assert await anext(stream) == "bye"
+        with pytest.raises(WorkerCrashed) as caught:
+            await anext(stream)
+        assert caught.value.exit == "SIGKILL"
+        assert await pool.call("echo", "echo", 1) == 1
+        pid = pool.status()["echo"].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        while pool.status()["echo"].state != "dead":
+            await asyncio.sleep(0.001)
+        assert await pool.call("echo", "echo", 2) == 2
+        assert pool.status()["echo"].incarnation == 3
+
+    run(body)
+
+
+def test_closing_a_pool_ends_its_calls() -> None:
+    async def main() -> None:
+        pool = AsyncPool(echo=echo_role())
+        await pool.start()
+        task = asyncio.create_task(pool.call("echo", "wait_for_abort"))
+        while not pool.status()["echo"].in_flight:
+            await asyncio.sleep(0.001)
+        await pool.aclose()
+        with pytest.raises(PoolClosed):
+            await task
+        with pytest.raises(PoolClosed):
+            await pool.call("echo", "echo")
+
+    asyncio.run(main())
+
+
+def test_a_pool_may_outlive_its_loop_and_serve_another() -> None:
+    pool = AsyncPool(echo=echo_role())
+
+    async def first() -> None:
+        assert await pool.call("echo", "echo", 1) == 1
+
+    async def second() -> None:
+        assert await pool.call("echo", "echo", 2) == 2
+        await pool.aclose()
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
+def test_two_loops_share_a_pool() -> None:
+    pool = AsyncPool(echo=echo_role())
+
+    async def many(number: int) -> None:
+        async def one(turn: int) -> None:
+            assert await pool.call("echo", "echo", [number, turn]) == [number, turn]
+
+        for turn in range(50):
+            await asyncio.gather(one(turn), one(-turn))
+
+    threads = [threading.Thread(target=lambda n=n: asyncio.run(many(n))) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert pool.status()["echo"].in_flight == 0
+    asyncio.run(pool.aclose())
+
+
+def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
+    """One worker serves threads and an event loop together."""
+    seconds = 10.0
+    with Pool(echo=echo_role()) as pool:
+        shared = pool.as_async()
+        wrong: list[object] = []
+        done = [0] * 100
+        deadline = time.monotonic() + seconds
+
+        def thread_caller(number: int) -> None:
+            while time.monotonic() < deadline:
+                mine = [number, done[number], "x" * (number * 40)]
+                if pool.call("echo", "echo", mine) != mine:
+                    wrong.append(mine)
+                done[number] += 1
+
+        async def task_caller(number: int) -> None:
+            while time.monotonic() < deadline:
+                mine = [number, done[number], "y" * (number * 40)]
+                if await shared.call("echo", "echo", mine) != mine:
+                    wrong.append(mine)
+                done[number] += 1
+
+        async def tasks() -> None:
+            await asyncio.gather(*(task_caller(number) for number in range(50, 100)))
+
+        threads = [threading.Thread(target=thread_caller, args=(n,)) for n in range(50)]
+        for thread in threads:
+            thread.start()
+        asyncio.run(tasks())
+        for thread in threads:
+            thread.join(30)
+        assert wrong == []
+        assert all(done)
+        status = pool.status()["echo"]
+        assert status.in_flight == 0
+        assert eventually(lambda: pool.status()["echo"].counters["dropped_late"] == 0)

@@ -1,0 +1,391 @@
+"""`Pool` over a custom role: calls, streams, cancellation, timeouts, state."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import msgspec
+import numpy as np
+import pytest
+from conftest import descriptors, echo_role, eventually
+from inferpool import (
+    CallCancelled,
+    CallTimeout,
+    PayloadTooLarge,
+    Pool,
+    PoolClosed,
+    RemoteError,
+    Role,
+)
+
+
+def test_a_call_gets_its_answer(pool: Pool) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    answer = pool.call("echo", "echo", {"x": array, "raw": b"\0\xff", "t": (1, (2.5, None))})
+    np.testing.assert_array_equal(answer["x"], array)
+    assert answer["raw"] == b"\0\xff"
+    assert answer["t"] == (1, (2.5, None))
+
+
+def test_an_array_arrives_writable_and_aligned(pool: Pool) -> None:
+    answer = pool.call("echo", "echo", np.zeros(5000))
+    answer[0] = 1.0
+    assert answer.ctypes.data % 64 == 0
+
+
+def test_dataclasses_and_structs_arrive_as_their_fields(pool: Pool) -> None:
+    @dataclasses.dataclass
+    class Point:
+        x: int
+
+    class Pair(msgspec.Struct):
+        left: Point
+        right: bytes
+
+    answer = pool.call("echo", "echo", Pair(Point(1), b"r"))
+    assert answer == {"left": {"x": 1}, "right": b"r"}
+
+
+def test_a_handler_that_sends_nothing_answers_none(pool: Pool) -> None:
+    assert pool.call("echo", "nothing") is None
+    assert list(pool.stream("echo", "nothing")) == []
+
+
+def test_a_call_with_several_items_is_refused(pool: Pool) -> None:
+    with pytest.raises(ValueError, match="more than one item"):
+        pool.call("echo", "count", 3)
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_stream_yields_its_items_in_order(pool: Pool) -> None:
+    assert list(pool.stream("echo", "count", 5000)) == list(range(5000))
+
+
+def test_a_payload_larger_than_the_ring_arrives_intact_both_ways(pool: Pool) -> None:
+    array = np.random.default_rng(0).integers(0, 1 << 60, size=(64 << 20) // 8)
+    np.testing.assert_array_equal(pool.call("echo", "echo", array), array)
+
+
+def test_streams_of_large_items_flow_while_others_are_served(pool: Pool) -> None:
+    sizes = [3_000_000, 0, 10_000_000, 17]
+    with pool.stream("echo", "sized", sizes) as stream:
+        received = [len(item) for item in stream]
+    assert received == sizes
+
+
+def test_several_requests_larger_than_the_ring_wait_for_a_busy_worker(pool: Pool) -> None:
+    payload = b"x" * (16 << 20)
+    busy = pool.stream("echo", "sleep", 0.3)
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(len(pool.call("echo", "echo", payload))))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    assert list(busy) == [0.3]
+    for thread in threads:
+        thread.join()
+    assert answers == [len(payload)] * 4
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [{1, 2}, object(), 1 << 64, "\udcff", np.array([object()]), {b"key": 1}, bytearray(b"x")],
+    ids=repr,
+)
+def test_what_cannot_travel_is_refused_at_the_sender(pool: Pool, payload: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        pool.call("echo", "echo", payload)
+    assert pool.status()["echo"].in_flight == 0
+
+
+def test_a_frame_above_the_limit_is_refused(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferpool.host.incarnation._FRAME_LIMIT", 1 << 20)
+    with pytest.raises(PayloadTooLarge):
+        pool.call("echo", "echo", b"x" * (2 << 20))
+    with pytest.raises(PayloadTooLarge):
+        pool.call("echo", "sized", [2 << 20])
+    assert pool.call("echo", "echo", 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "type_name"),
+    [
+        ("raise", "value", "ValueError"),
+        ("raise", "exit", "SystemExit"),
+        ("raise", "interrupt", "KeyboardInterrupt"),
+        ("raise", "missing", "KeyError"),
+        ("raise", "long", "ValueError"),
+        ("unencodable", None, "TypeError"),
+        ("no such kind", None, "ValueError"),
+    ],
+)
+def test_a_handler_that_fails_answers_its_call_and_the_loop_goes_on(
+    pool: Pool, kind: str, payload: object, type_name: str
+) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    with pytest.raises(RemoteError) as caught:
+        pool.call("echo", kind, payload)
+    assert caught.value.type_name == type_name
+    assert "Traceback" in caught.value.remote_traceback
+    assert pool.call("echo", "facts")["pid"] == pid
+
+
+def test_a_timeout_ends_the_call_and_the_worker_stays_usable(pool: Pool) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    with pytest.raises(CallTimeout):
+        pool.call("echo", "wait_for_abort", timeout=0.05)
+    assert pool.call("echo", "facts")["pid"] == pid
+
+
+def test_a_zero_timeout_is_no_hang_and_a_negative_one_an_error(pool: Pool) -> None:
+    with pytest.raises(CallTimeout):
+        pool.call("echo", "sleep", 1, timeout=0)
+    with pytest.raises(ValueError, match="timeout"):
+        pool.call("echo", "echo", timeout=-1)
+
+
+def test_a_stream_keeps_what_came_before_its_timeout(pool: Pool) -> None:
+    stream = pool.stream("echo", "wait_for_abort", timeout=0.5)
+    assert next(stream) is None
+    with pytest.raises(CallTimeout):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_call_is_cancelled_from_another_thread(pool: Pool) -> None:
+    pool.start()
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            list(pool.stream("echo", "wait_for_abort"))
+        except CallCancelled as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert eventually(lambda: pool.cancel("echo") == 1)
+    thread.join(10)
+    assert len(caught) == 1
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_stream_is_cancelled_while_another_thread_leads(pool: Pool) -> None:
+    slow = pool.stream("echo", "wait_for_abort")
+    next(slow)
+    errors: list[BaseException] = []
+
+    def wait(stream: object) -> None:
+        try:
+            next(stream)  # type: ignore[call-overload]
+        except CallCancelled as error:
+            errors.append(error)
+
+    second = pool.stream("echo", "sleep", 0)
+    threads = [threading.Thread(target=wait, args=(each,)) for each in (slow, second)]
+    for thread in threads:
+        thread.start()
+    second.cancel()
+    slow.cancel()
+    for thread in threads:
+        thread.join(10)
+    assert errors
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_closing_a_stream_from_another_thread_wakes_whoever_iterates(pool: Pool) -> None:
+    stream = pool.stream("echo", "wait_for_abort")
+    next(stream)
+    outcome: list[type[BaseException]] = []
+
+    def wait() -> None:
+        try:
+            next(stream)
+        except (CallCancelled, StopIteration) as error:
+            outcome.append(type(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.05)
+    stream.close()
+    thread.join(10)
+    assert outcome in ([CallCancelled], [StopIteration])
+    assert pool.call("echo", "echo", 1) == 1
+
+
+@pytest.mark.parametrize("how", ["close", "with", "drop"])
+def test_an_endless_stream_stops_when_it_is_let_go(pool: Pool, how: str) -> None:
+    stream = pool.stream("echo", "count", None)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    if how == "close":
+        stream.close()
+        stream.close()
+        assert list(stream) == []
+    elif how == "with":
+        with stream:
+            pass
+    else:
+        del stream
+    facts = pool.call("echo", "facts", timeout=10)
+    assert facts["dropped"] == 1
+
+
+def test_an_unread_stream_pauses_the_worker_instead_of_filling_memory(pool: Pool) -> None:
+    stream = pool.stream("echo", "count", None)
+    next(stream)
+    received = []
+
+    def settled() -> bool:
+        pool.ping()
+        received.append(pool.status()["echo"].counters["frames_received"])
+        return len(received) > 10 and received[-1] == received[-10]
+
+    assert eventually(settled)
+    assert received[-1] < 20_000
+    assert [next(stream) for _ in range(20_000)] == list(range(1, 20_001))
+    stream.close()
+
+
+def test_cancelling_twice_and_after_the_end_changes_nothing(pool: Pool) -> None:
+    stream = pool.stream("echo", "count", 1)
+    assert list(stream) == [0]
+    stream.cancel()
+    stream.cancel()
+    stream.close()
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_ping_answers_while_a_handler_holds_the_gil(pool: Pool) -> None:
+    held = pool.stream("echo", "hold_gil", 1.0)
+    pings = 0
+    while pool.status()["echo"].in_flight and pings < 100:
+        assert pool.ping("echo", timeout=5) < 5
+        pings += 1
+        if pings == 50:
+            assert pool.status()["echo"].in_flight == 1
+    assert list(held) == [1.0]
+    assert pings == 100
+
+
+def test_close_while_a_handler_holds_the_gil(pool: Pool) -> None:
+    held = pool.stream("echo", "hold_gil", 30.0)
+    pool.ping()
+    pool.close(timeout=0.2)
+    with pytest.raises(PoolClosed):
+        next(held)
+
+
+def test_close_ends_calls_in_other_threads_and_is_final(pool: Pool) -> None:
+    pool.start()
+    outcomes: list[str] = []
+
+    def wait() -> None:
+        try:
+            pool.call("echo", "wait_for_abort")
+        except PoolClosed:
+            outcomes.append("closed")
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: pool.status()["echo"].in_flight == 3)
+    pool.close()
+    for thread in threads:
+        thread.join(10)
+    assert outcomes == ["closed"] * 3
+    pool.close()
+    with pytest.raises(PoolClosed):
+        pool.call("echo", "echo")
+    assert pool.status()["echo"].state == "stopped"
+
+
+def test_status_tells_what_a_role_is_doing(pool: Pool) -> None:
+    assert pool.status()["echo"].state == "stopped"
+    assert pool.start() is pool
+    status = pool.status()["echo"]
+    assert (status.state, status.incarnation, status.in_flight) == ("ready", 1, 0)
+    assert status.pid == pool.call("echo", "facts")["pid"]
+    assert status.uptime is not None
+    assert status.load_seconds is not None
+
+
+def test_status_while_a_worker_loads() -> None:
+    with Pool(slow=echo_role(load_seconds=30)) as pool:
+        pool.ping()
+        assert pool.status()["slow"].state == "starting"
+
+
+def test_roles_do_not_wait_for_each_other() -> None:
+    with Pool(one=echo_role(), two=echo_role()) as pool:
+        pool.start()
+        busy = pool.stream("one", "wait_for_abort")
+        next(busy)
+        assert pool.call("two", "echo", 2, timeout=10) == 2
+        assert pool.ping() < 5
+        pids = {status.pid for status in pool.status().values()}
+        assert len(pids) == 2
+
+
+def test_options_reach_the_session_and_roles_their_name() -> None:
+    role = Role("echo_role:make_session", "echo_role:HANDLERS", {"some": [1, b"2"]})
+    with Pool(echo=role) as pool:
+        assert pool.call("echo", "facts")["role"] == "echo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "at least one role"),
+        ({"chta": "smollm2"}, "'chta' is no option"),
+        ({"embed": 3}, "embed takes"),
+    ],
+)
+def test_a_pool_refuses_what_it_does_not_know(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Pool(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_unknown_role_and_a_malformed_path_are_refused(pool: Pool) -> None:
+    with pytest.raises(ValueError, match="no role 'nope'"):
+        pool.call("nope", "echo")
+    with pytest.raises(ValueError, match="no role 'chat'"):
+        pool.chat("hello")
+    with pytest.raises(ValueError, match=r"package\.module:attribute"):
+        Role("echo_role", "echo_role:HANDLERS")
+
+
+def test_a_pool_that_is_dropped_ends_its_workers() -> None:
+    pool = Pool(echo=echo_role())
+    pid = pool.call("echo", "facts")["pid"]
+    assert pid
+    del pool  # the fixture that watches for workers does the rest
+
+
+def test_worker_lifetimes_leave_no_descriptor_behind() -> None:
+    def live() -> None:
+        with Pool(echo=echo_role()) as pool:
+            pool.call("echo", "echo")
+
+    live()
+    before = descriptors()
+    for _ in range(5):
+        live()
+    assert descriptors() == before
+
+
+def test_more_calls_than_slots_wait_their_turn(pool: Pool) -> None:
+    pool.start()
+    busy = pool.stream("echo", "sleep", 0.3)
+    streams = [pool.stream("echo", "echo", number) for number in range(255)]
+    extra: list[object] = []
+    thread = threading.Thread(target=lambda: extra.append(pool.call("echo", "echo", "extra")))
+    thread.start()
+    assert list(busy) == [0.3]
+    assert [next(stream) for stream in streams] == list(range(255))
+    thread.join(10)
+    assert extra == ["extra"]
