@@ -89,7 +89,8 @@ def raise_(reply: Reply, payload: str, state: WorkerLoopState) -> None:
         "interrupt": KeyboardInterrupt,
         "long": lambda: ValueError("x" * 2_000_000),
     }
-    raise errors[payload]()
+    error = errors[payload]
+    raise error()
 
 
 def unencodable(reply: Reply, payload: Any, state: WorkerLoopState) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import echo_role, eventually
+
 from inferpool import (
     AsyncPool,
     CallCancelled,

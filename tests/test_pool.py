@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from conftest import descriptors, echo_role, eventually
+
 from inferpool import (
     CallCancelled,
     CallTimeout,

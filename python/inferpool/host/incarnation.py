@@ -16,6 +16,7 @@ from inferpool import codec, errors
 from inferpool._transport import Call, Event, HostChannel
 from inferpool.config import PoolOptions, Role
 from inferpool.errors import (
+    CallTimeout,
     InferpoolError,
     ProtocolError,
     RemoteError,
@@ -203,8 +204,12 @@ class Incarnation:
             return
         try:
             event = self._start_call.next(timeout=0)
+        except CallTimeout:
+            return
         except InferpoolError:
-            return  # nothing yet, or an end that says no more than the channel's
+            self._start_call = None  # ended, which says no more than the channel's end
+            return
+        self._start_call = None
         if event.kind == "data":
             self.ready = codec.decode_as(event.parts, Ready)
         elif event.kind == "error":

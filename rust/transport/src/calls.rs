@@ -79,6 +79,11 @@ struct Call {
 }
 
 impl Call {
+    /// Whether there is an outcome, or was one before somebody took it.
+    fn is_decided(&self) -> bool {
+        self.outcome.is_some() || self.abandoned
+    }
+
     fn notify(&self, id: u64, me: Option<&Arc<Notifier>>) {
         if let Some(waiter) = &self.waiter {
             waiter.notify(id, me.is_some_and(|me| Arc::ptr_eq(me, waiter)));
@@ -128,7 +133,7 @@ impl Calls {
 
     /// Calls that have no outcome yet; questions on the control plane are none.
     pub fn undecided(&self) -> Vec<u64> {
-        let undecided = |call: &Call| call.slot.is_some() && call.outcome.is_none();
+        let undecided = |call: &Call| call.slot.is_some() && !call.is_decided();
         self.table
             .iter()
             .filter(|(_, call)| undecided(call))
@@ -175,9 +180,7 @@ impl Calls {
 
     /// Whether the call can still be sent: it has no outcome yet.
     pub fn is_undecided(&self, id: u64) -> bool {
-        self.table
-            .get(&id)
-            .is_some_and(|call| call.outcome.is_none())
+        self.table.get(&id).is_some_and(|call| !call.is_decided())
     }
 
     /// Notes that part of the request is with the worker, so that it will answer.
@@ -259,7 +262,7 @@ impl Calls {
             .ok_or(Violation::UnknownCall)?;
         debug_assert!(header.flags & LAST != 0);
         call.next_sequence = call.next_sequence.wrapping_add(1);
-        let late = call.outcome.is_some() || call.abandoned;
+        let late = call.is_decided();
         if late {
             self.dropped_late += 1;
         }
@@ -336,7 +339,7 @@ impl Calls {
     /// Decides the call's outcome as cancelled, unless it has one.
     pub fn cancel(&mut self, id: u64) -> Option<SlotUpdate> {
         let call = self.table.get_mut(&id)?;
-        if call.outcome.is_some() || call.abandoned {
+        if call.is_decided() {
             return None;
         }
         call.frames.clear();
@@ -371,7 +374,7 @@ impl Calls {
         self.end = Some(end);
         for (&id, call) in &mut self.table {
             call.slot = None;
-            if call.outcome.is_none() && !call.abandoned {
+            if !call.is_decided() {
                 call.outcome = Some(Outcome::Lost(end));
                 call.notify(id, None);
             }

@@ -27,7 +27,7 @@ pub(crate) struct Heartbeat {
 }
 
 struct Beat {
-    control: OwnedFd,
+    control: Arc<OwnedFd>,
     host: OwnedFd,
     stop: Arc<Doorbell>,
     vitals: Arc<Vitals>,
@@ -37,7 +37,7 @@ struct Beat {
 impl Heartbeat {
     /// Starts the thread. `bells` are rung on shutdown.
     pub(crate) fn start(
-        control: OwnedFd,
+        control: Arc<OwnedFd>,
         host_pid: i32,
         vitals: Arc<Vitals>,
         bells: Vec<Arc<Doorbell>>,

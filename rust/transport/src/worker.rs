@@ -51,6 +51,9 @@ pub struct Worker {
     request_bell: Arc<Doorbell>,
     space_bell: Arc<Doorbell>,
     heartbeat: Mutex<Option<Heartbeat>>,
+    /// Kept open after the heartbeat has ended: the host takes its closing for the end, and last
+    /// frames may still follow.
+    _control: Arc<OwnedFd>,
     frame_limit: usize,
 }
 
@@ -63,7 +66,9 @@ impl Worker {
         let request_bell = Arc::new(Doorbell::from_fd(inherited.request_bell));
         let space_bell = Arc::new(Doorbell::from_fd(inherited.space_bell));
         let bells = vec![Arc::clone(&request_bell), Arc::clone(&space_bell)];
-        let heartbeat = Heartbeat::start(inherited.control, host_pid, Arc::clone(&vitals), bells)?;
+        let control = Arc::new(inherited.control);
+        let heartbeat =
+            Heartbeat::start(Arc::clone(&control), host_pid, Arc::clone(&vitals), bells)?;
         Ok(Arc::new(Self {
             inbox: Mutex::new(Inbox {
                 ring: Consumer::new(segment.requests()),
@@ -78,6 +83,7 @@ impl Worker {
             request_bell,
             space_bell,
             heartbeat: Mutex::new(Some(heartbeat)),
+            _control: control,
             frame_limit: settings.frame_limit,
         }))
     }

@@ -1,0 +1,191 @@
+"""Every way for a worker to end while it is needed, and what the caller learns of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import echo_role, eventually, is_running
+
+from inferpool import ModelNotFound, Pool, Role, WorkerCrashed, WorkerStartError
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
+def test_a_signal_mid_stream_leaves_the_items_so_far_then_the_error(pool: Pool, name: str) -> None:
+    stream = pool.stream("echo", "die", {"words": "so far", "signal": name})
+    assert next(stream) == "so far"
+    with pytest.raises(WorkerCrashed) as caught:
+        next(stream)
+    error = caught.value
+    assert (error.role, error.incarnation, error.exit) == ("echo", 1, name)
+    assert name in str(error)
+    assert "native last words" in error.log_tail
+    assert pool.call("echo", "echo", "next") == "next"
+    assert pool.status()["echo"].incarnation == 2
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_an_exit_mid_call_is_a_crash_with_its_code(pool: Pool, code: int) -> None:
+    with pytest.raises(WorkerCrashed) as caught:
+        pool.call("echo", "exit", code)
+    assert caught.value.exit == f"exit code {code}"
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_worker_killed_while_idle_is_replaced_unnoticed(pool: Pool) -> None:
+    for turn in range(3):
+        pid = pool.call("echo", "facts")["pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: pool.status()["echo"].state == "dead")
+        assert pool.call("echo", "echo", turn) == turn
+
+
+def test_a_crash_fails_every_call_in_flight_once(pool: Pool) -> None:
+    pool.start()
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            pool.call("echo", "sleep", 60)
+        except WorkerCrashed as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=wait) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: pool.status()["echo"].in_flight == 8)
+    pid = pool.status()["echo"].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(10)
+    assert len(errors) == 8
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_crash_while_a_large_request_is_sent(pool: Pool) -> None:
+    busy = pool.stream("echo", "sleep", 60)
+    pid = pool.status()["echo"].pid
+    assert pid is not None
+    timer = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    # Before its first answer a worker counts as starting.
+    with pytest.raises((WorkerCrashed, WorkerStartError)):
+        pool.call("echo", "echo", b"x" * (64 << 20))
+    with pytest.raises((WorkerCrashed, WorkerStartError)):
+        next(busy)
+    timer.join()
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_crash_of_one_role_leaves_the_others_streaming() -> None:
+    with Pool(good=echo_role(), bad=echo_role()) as pool:
+        stream = pool.stream("good", "count", 50_000)
+        first = [next(stream) for _ in range(100)]
+        with pytest.raises(WorkerCrashed):
+            pool.call("bad", "exit", 1)
+        assert first + list(stream) == list(range(50_000))
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        (echo_role(**{"raise": "no such weights"}), "no such weights"),
+        (Role("no_such_module:make", "echo_role:HANDLERS"), "no_such_module"),
+        (Role("echo_role:no_such_name", "echo_role:HANDLERS"), "no_such_name"),
+        (echo_role(exit=9), "exit code 9"),
+    ],
+    ids=["raises", "no module", "no attribute", "exits"],
+)
+def test_a_worker_that_cannot_start_is_a_typed_error(role: Role, message: str) -> None:
+    with Pool(broken=role) as pool:
+        for _ in range(2):
+            with pytest.raises(WorkerStartError, match=message):
+                pool.call("broken", "echo", timeout=20)
+        with pytest.raises(WorkerStartError, match=message):
+            pool.start()
+
+
+def test_a_worker_that_takes_too_long_to_start_is_killed() -> None:
+    with Pool(slow=echo_role(load_seconds=60), start_timeout=1.0) as pool:
+        with pytest.raises(WorkerStartError, match="did not start within 1 s"):
+            pool.call("slow", "echo")
+
+
+def test_a_process_that_cannot_be_started_is_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with Pool(echo=echo_role()) as pool, pytest.raises(WorkerStartError, match="No such file"):
+        pool.call("echo", "echo")
+
+
+def test_a_missing_model_is_a_typed_error() -> None:
+    with Pool(embed="/no/such/model.gguf") as pool, pytest.raises(ModelNotFound):
+        pool.embed(["text"])
+
+
+def test_a_stopped_worker_is_killed_by_close(pool: Pool) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    pool.close(timeout=0.1)
+    assert not is_running(pid)
+
+
+@pytest.mark.parametrize("options", [{"close_raises": True}, {"close_seconds": 60}])
+def test_a_session_that_will_not_close_does_not_keep_the_pool(options: dict[str, object]) -> None:
+    pool = Pool(echo=echo_role(**options))
+    pid = pool.call("echo", "facts")["pid"]
+    pool.close(timeout=1.0)
+    assert not is_running(pid)
+
+
+def test_the_log_has_what_python_and_native_code_wrote(tmp_path: Path) -> None:
+    with Pool(echo=echo_role(), log_dir=tmp_path) as pool:
+        facts = pool.call("echo", "facts")
+        with pytest.raises(WorkerCrashed) as caught:
+            pool.call("echo", "die", {"words": "", "signal": "SIGSEGV"})
+        pool.call("echo", "echo")
+    log = (tmp_path / "worker-echo.log").read_text()
+    assert facts["stdin"] == "/dev/null"
+    assert facts["stdout"] == str(tmp_path / "worker-echo.log")
+    assert facts["modules"] == []
+    assert "INFO inferpool.worker: incarnation 1 ready" in log
+    assert "native last words" in log
+    assert "Fatal Python error: Segmentation fault" in log
+    assert "INFO echo: session closed" in log
+    assert "Segmentation fault" in caught.value.log_tail
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_a_log_does_not_grow_without_bound(tmp_path: Path, with_folder: bool) -> None:
+    with Pool(echo=echo_role(), log_dir=tmp_path if with_folder else None) as pool:
+        for _ in range(3):
+            assert pool.call("echo", "chatter", 5 << 20) < 5 << 20
+        with pytest.raises(WorkerCrashed) as caught:
+            pool.call("echo", "die", {"words": "", "signal": "SIGKILL"})
+    assert "native last words" in caught.value.log_tail
+    if with_folder:
+        files = sorted(path.name for path in tmp_path.iterdir())
+        assert files == ["worker-echo.log", *(f"worker-echo.log.{n}" for n in (1, 2, 3))]
+
+
+def test_nothing_a_worker_prints_reaches_the_terminal() -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from inferpool import Pool, Role, WorkerCrashed\n"
+        "with Pool(echo=Role('echo_role:make_session', 'echo_role:HANDLERS')) as pool:\n"
+        "    pool.call('echo', 'chatter', 10_000)\n"
+        "    try: pool.call('echo', 'die', {'words': '', 'signal': 'SIGABRT'})\n"
+        "    except WorkerCrashed: print('crashed')\n"
+    )
+    arguments = [sys.executable, "-", str(Path(__file__).parent)]
+    done = subprocess.run(
+        arguments, input=script, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("crashed\n", "", 0)

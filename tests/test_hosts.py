@@ -1,0 +1,194 @@
+"""Hosts of every kind: scripts on stdin, forks, threads at exit, and hosts that die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import children, eventually, is_running
+
+from inferpool import Pool, PoolClosed
+
+TESTS = str(Path(__file__).parent)
+PREAMBLE = f"""
+import os, sys, threading, time, _thread
+sys.path.insert(0, {TESTS!r})
+from inferpool import Pool, PoolClosed, Role
+pool = Pool(echo=Role("echo_role:make_session", "echo_role:HANDLERS"))
+"""
+
+
+def run_host(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(arguments or ["-"])]
+    given = None if arguments else PREAMBLE + script
+    return subprocess.run(
+        command, input=given, capture_output=True, text=True, timeout=50, check=False
+    )
+
+
+@contextlib.contextmanager
+def started_host(script: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A host that prints its worker's pid and goes on."""
+    command = [sys.executable, "-c", PREAMBLE + script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout is not None
+        try:
+            yield host, int(host.stdout.readline())
+        finally:
+            host.kill()
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def test_a_script_on_stdin_needs_no_main_guard() -> None:
+    done = run_host("print(pool.call('echo', 'echo', 42))")
+    assert (done.stdout, done.stderr, done.returncode) == ("42\n", "", 0)
+
+
+def test_a_script_with_dash_c_works() -> None:
+    done = run_host("", "-c", PREAMBLE + "print(pool.call('echo', 'echo', 42)); pool.close()")
+    assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+@pytest.mark.parametrize("kind", ["sleep", "hold_gil", "count"])
+def test_workers_die_with_a_killed_host(kind: str) -> None:
+    before = shared_memory()
+    script = (
+        "print(pool.call('echo', 'facts')['pid'], flush=True)\n"
+        f"stream = pool.stream('echo', {kind!r}, {None if kind == 'count' else 30})\n"
+        "time.sleep(30)\n"
+    )
+    with started_host(script) as (host, pid):
+        assert is_running(pid)
+        host.kill()
+        host.wait()
+        assert eventually(lambda: not is_running(pid), seconds=2)
+        assert shared_memory() <= before
+
+
+def test_workers_die_with_a_host_that_left_by_os_exit() -> None:
+    script = "print(pool.call('echo', 'facts')['pid'], flush=True)\nos._exit(3)\n"
+    with started_host(script) as (host, pid):
+        assert host.wait(10) == 3
+        assert eventually(lambda: not is_running(pid), seconds=2)
+
+
+def test_workers_die_with_the_host_though_a_fork_of_it_lives() -> None:
+    script = (
+        "print(pool.call('echo', 'facts')['pid'], flush=True)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os.close(1); time.sleep(5); os._exit(0)\n"
+        "time.sleep(30)\n"
+    )
+    with started_host(script) as (host, pid):
+        host.kill()
+        host.wait()
+        assert eventually(lambda: not is_running(pid), seconds=2)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "threading.Thread(target=work, daemon=True).start()",
+        "[threading.Thread(target=work, daemon=True).start() for _ in range(8)]",
+        "_thread.start_new_thread(work, ())",
+    ],
+    ids=["daemon", "daemons", "raw"],
+)
+def test_the_interpreter_exits_with_calls_in_flight(start: str) -> None:
+    done = run_host(
+        "def work():\n"
+        "    try: pool.call('echo', 'sleep', 30)\n"
+        "    except PoolClosed: pass\n"
+        f"pool.start()\n{start}\n"
+        "time.sleep(0.3)\n"
+        "print(pool.status()['echo'].in_flight > 0)\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+
+
+def test_the_interpreter_exits_with_a_stream_open_on_the_main_thread() -> None:
+    done = run_host("stream = pool.stream('echo', 'count', None)\nprint(next(stream))\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 0)
+
+
+def test_the_interpreter_exits_with_a_task_waiting() -> None:
+    done = run_host(
+        "import asyncio\n"
+        "async def main():\n"
+        "    task = asyncio.create_task(pool.as_async().call('echo', 'sleep', 30))\n"
+        "    await asyncio.sleep(0.5)\n"
+        "asyncio.run(main())\nprint('done')\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
+def test_a_forked_child_is_refused_and_harms_nothing(pool: Pool) -> None:
+    pool.call("echo", "echo")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        verdict = b"no error"
+        try:
+            pool.call("echo", "echo", 1)
+        except PoolClosed:
+            verdict = b"PoolClosed"
+        pool.close()
+        os.write(write, verdict)
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 100) == b"PoolClosed"
+    os.close(read)
+    os.waitpid(child, 0)
+    assert pool.call("echo", "echo", 2) == 2
+    assert pool.status()["echo"].incarnation == 1
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["leading", "following"])
+def test_ctrl_c_ends_a_waiting_call(pool: Pool, busy: bool) -> None:
+    pool.start()
+    other = pool.stream("echo", "sleep", 20)
+
+    def lead() -> None:
+        with contextlib.suppress(PoolClosed):
+            list(other)
+
+    leader = threading.Thread(target=lead)
+    if busy:
+        leader.start()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.call("echo", "echo")
+    timer.join()
+    pid = pool.status()["echo"].pid
+    pool.close(timeout=0.1)
+    assert pid is not None
+    assert not is_running(pid)
+    if busy:
+        leader.join(10)
+
+
+def test_ctrl_c_at_a_terminal_does_not_reach_the_worker() -> None:
+    script = (
+        "print(pool.call('echo', 'facts')['pid'], flush=True)\n"
+        "try: pool.call('echo', 'sleep', 30)\n"
+        "except KeyboardInterrupt: print(pool.ping() < 5, flush=True)\n"
+    )
+    with started_host(script) as (host, pid):
+        assert eventually(lambda: os.getpgid(pid) != os.getpgid(host.pid))
+        assert pid not in children()
+        host.send_signal(signal.SIGINT)
+        assert host.stdout is not None
+        assert host.stdout.read() == "True\n"
+        assert host.wait(10) == 0

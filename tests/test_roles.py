@@ -1,0 +1,159 @@
+"""The built-in roles through a pool, on the default models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inferpool import (
+    AsyncPool,
+    ChatConfig,
+    ContextLengthExceeded,
+    EmbedConfig,
+    ModelLoadError,
+    Pool,
+    WorkerCrashed,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "minilm.json").read_text())
+# One thread: the tests share the machine, and idle OpenMP threads would fight over it.
+CHAT = ChatConfig("smollm2", n_threads=1)
+EMBED = EmbedConfig("minilm", n_threads=1)
+QUESTION = "Why is the sky blue? Answer in one sentence."
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Pool]:
+    with Pool(chat=CHAT, embed=EMBED) as pool:
+        yield pool.start()
+
+
+@pytest.fixture(autouse=True)
+def no_worker_outlives_its_test() -> None:
+    """The module's pool may: it is shared, and closed at the end."""
+
+
+def test_embeddings_equal_the_reference(models: Pool) -> None:
+    vectors = models.embed([item["text"] for item in GOLDEN["items"]])
+    assert vectors.dtype == np.float32
+    expected = np.array([item["vector"] for item in GOLDEN["items"]])
+    cosines = (vectors * expected).sum(1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() >= 0.9999
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_embed_options(models: Pool) -> None:
+    assert models.embed([]).shape == (0, 384)
+    raw = models.embed(["bees"], normalize=False)
+    assert not np.isclose(np.linalg.norm(raw), 1)
+    long = "word " * 2000
+    with pytest.raises(ContextLengthExceeded) as caught:
+        models.embed(["short", long])
+    assert caught.value.details["context"] == 512
+    assert models.embed([long], truncate=True).shape == (1, 384)
+
+
+@pytest.mark.parametrize("texts", ["a str", [1], None, [b"bytes"]])
+def test_texts_of_the_wrong_type_are_refused(models: Pool, texts: object) -> None:
+    with pytest.raises(TypeError):
+        models.embed(texts)  # type: ignore[arg-type]
+
+
+def test_a_streamed_answer_is_the_whole_answer(models: Pool) -> None:
+    options = {"max_tokens": 24, "temperature": 0.0}
+    whole = models.chat(QUESTION, **options)  # type: ignore[arg-type]
+    deltas = list(models.chat.stream(QUESTION, **options))  # type: ignore[arg-type]
+    assert "".join(delta.text for delta in deltas) == whole.text != ""
+    last = deltas[-1]
+    assert last.finish_reason == whole.finish_reason
+    assert last.usage == whole.usage
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    assert whole.usage.completion_tokens <= 24
+
+
+def test_conversations_and_options(models: Pool) -> None:
+    conversation = [
+        {"role": "system", "content": "You answer with one word."},
+        {"role": "user", "content": "Name a colour."},
+    ]
+    one, two = (
+        models.chat(conversation, max_tokens=8, seed=7, temperature=1.5).text for _ in range(2)
+    )
+    assert one == two
+    stopped = models.chat("Count from one to ten.", max_tokens=30, temperature=0, stop=["2", "two"])
+    assert "2" not in stopped.text
+    assert "two" not in stopped.text
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "error", "text"),
+    [
+        ([], {}, ValueError, "messages"),
+        ([{"role": "nobody", "content": "x"}], {}, ValueError, "role"),
+        ([{"role": "user"}], {}, TypeError, "content"),
+        ("x", {"temprature": 1}, TypeError, "temprature"),
+        ("x", {"temperature": "hot"}, TypeError, "temperature"),
+        ("x", {"temperature": -1}, ValueError, "temperature"),
+        ("x", {"max_tokens": 0}, ValueError, "max_tokens"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(
+    models: Pool, messages: object, options: dict[str, object], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        models.chat(messages, **options)  # type: ignore[arg-type]
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(models: Pool) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        models.chat("word " * 10_000)
+    assert caught.value.details["asked"] > caught.value.details["context"]
+
+
+def test_closing_a_stream_stops_the_model(models: Pool) -> None:
+    with models.chat.stream("Count to a thousand.", temperature=0) as stream:
+        next(stream)
+    assert models.chat("Hi", max_tokens=2, timeout=30).usage.completion_tokens <= 2
+
+
+def test_a_killed_chat_worker_leaves_its_tokens_and_is_replaced(models: Pool) -> None:
+    before = models.embed(["other role"])
+    stream = models.chat.stream("Count to a thousand.", temperature=0)
+    received = [next(stream).text for _ in range(3)]
+    pid = models.status()["chat"].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerCrashed) as caught:
+        received += [delta.text for delta in stream]
+    assert "".join(received)
+    assert caught.value.exit == "SIGKILL"
+    assert models.chat("Hi", max_tokens=2).usage.completion_tokens <= 2
+    np.testing.assert_array_equal(models.embed(["other role"]), before)
+
+
+def test_roles_on_an_event_loop() -> None:
+    async def main() -> None:
+        async with AsyncPool(chat=CHAT, embed=EMBED) as pool:
+            vectors, answer = await asyncio.gather(
+                pool.embed(["one", "two"]), pool.chat(QUESTION, max_tokens=4)
+            )
+            assert vectors.shape == (2, 384)
+            assert answer.finish_reason == "length"
+            texts = [delta.text async for delta in pool.chat.stream(QUESTION, max_tokens=4)]
+            assert "".join(texts)
+
+    asyncio.run(main())
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 100)
+    with Pool(embed=broken) as pool, pytest.raises(ModelLoadError):
+        pool.embed(["text"])
