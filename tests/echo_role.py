@@ -82,11 +82,18 @@ def sleep(reply: Reply, payload: float, state: WorkerLoopState) -> None:
     reply.send("slept", payload)
 
 
+class Detailed(Exception):
+    def __init__(self) -> None:
+        super().__init__("detailed")
+        self.details = {"cannot": object()}
+
+
 def raise_(reply: Reply, payload: str, state: WorkerLoopState) -> None:
     errors: dict[str, Callable[[], BaseException]] = {
         "value": lambda: ValueError("wrong \udcff value"),
         "exit": lambda: SystemExit(3),
         "interrupt": KeyboardInterrupt,
+        "detailed": Detailed,
         "long": lambda: ValueError("x" * 2_000_000),
     }
     error = errors[payload]

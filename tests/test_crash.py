@@ -167,6 +167,8 @@ def test_a_log_does_not_grow_without_bound(tmp_path: Path, with_folder: bool) ->
     with Pool(echo=echo_role(), log_dir=tmp_path if with_folder else None) as pool:
         for _ in range(3):
             assert pool.call("echo", "chatter", 5 << 20) < 5 << 20
+    with Pool(echo=echo_role(), log_dir=tmp_path if with_folder else None) as pool:
+        assert pool.call("echo", "chatter", 5 << 20) < 5 << 20
         with pytest.raises(WorkerCrashed) as caught:
             pool.call("echo", "die", {"words": "", "signal": "SIGKILL"})
     assert "native last words" in caught.value.log_tail

@@ -119,6 +119,7 @@ def test_a_frame_above_the_limit_is_refused(pool: Pool, monkeypatch: pytest.Monk
         ("raise", "exit", "SystemExit"),
         ("raise", "interrupt", "KeyboardInterrupt"),
         ("raise", "missing", "KeyError"),
+        ("raise", "detailed", "Detailed"),
         ("raise", "long", "ValueError"),
         ("unencodable", None, "TypeError"),
         ("no such kind", None, "ValueError"),

@@ -1,0 +1,188 @@
+"""The worker runtime where a whole pool does not reach: early shutdown, odd frames, fakes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import echo_role, eventually
+
+from inferpool import CallCancelled, Pool, RemoteError, codec
+from inferpool._transport import HostChannel
+from inferpool.host.process import RoleLogFile, WorkerProcess
+from inferpool.messages import Start, WorkerArguments
+from inferpool.worker import Reply, RoleConfig, WorkerLoopState, run_worker
+
+CONFIG = Start(
+    role="fake",
+    incarnation=1,
+    session="a:b",
+    handlers="a:b",
+    options={},
+    log_path=None,
+    log_level="INFO",
+    sys_path=[],
+)
+
+
+class FakeToken:
+    callback = 0
+    data = 0
+    cancelled = False
+
+    def is_set(self) -> bool:
+        return False
+
+
+class FakeRequest:
+    """Records what becomes of a request."""
+
+    def __init__(self, parts: Sequence[codec.Buffer]) -> None:
+        self.parts = parts
+        self.call = 1
+        self.abort = FakeToken()
+        self.sent: list[Any] = []
+        self.outcome: list[str] = []
+
+    def send(self, parts: Sequence[codec.Buffer]) -> None:
+        self.sent.append(codec.decode(parts))
+
+    def fail(self, parts: Sequence[codec.Buffer]) -> None:
+        self.outcome.append(codec.decode(parts)[1]["type_name"])
+
+    def end(self) -> None:
+        self.outcome.append("end")
+
+
+class FakeChannel:
+    """Hands out requests, then shuts down."""
+
+    unexpected_control = 0
+
+    def __init__(self, requests: Sequence[FakeRequest]) -> None:
+        self.requests = list(requests)
+        self.abort = FakeToken()
+        self.events: list[str] = []
+
+    @property
+    def shutting_down(self) -> bool:
+        return not self.requests
+
+    def receive(self) -> FakeRequest | None:
+        return self.requests.pop(0)
+
+    def shut_down(self) -> None:
+        self.events.append("shut down")
+
+    def join_heartbeat(self) -> None:
+        self.events.append("heartbeat joined")
+
+
+class FakeSession:
+    def __init__(self, channel: FakeChannel) -> None:
+        self.channel = channel
+
+    def close(self) -> None:
+        self.channel.events.append("session closed")
+
+
+class FakeLog:
+    def limit_size(self) -> None:
+        """Nothing is written."""
+
+
+@pytest.fixture(autouse=True)
+def keep_stdio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run_worker` in this process must leave the test runner's streams alone."""
+    monkeypatch.setattr("inferpool.worker.runtime.redirect_stdio", lambda path: None)
+    monkeypatch.setattr(
+        "inferpool.worker.runtime.configure_worker_logging", lambda path, level: FakeLog()
+    )
+
+
+def run(channel: FakeChannel, **handlers: Any) -> None:
+    def make_session(role_config: RoleConfig, abort: Any) -> FakeSession:
+        assert role_config is CONFIG
+        assert abort is channel.abort
+        return FakeSession(channel)
+
+    run_worker(channel, CONFIG, session_factory=make_session, kind_handlers=handlers)  # type: ignore[arg-type]
+
+
+def test_the_end_comes_in_order_and_the_session_closes_once() -> None:
+    channel = FakeChannel([])
+    run(channel)
+    assert channel.events == ["shut down", "session closed", "heartbeat joined"]
+
+
+def test_a_request_given_up_half_sent_is_ended_unserved() -> None:
+    request = FakeRequest([])
+    run(FakeChannel([request]))
+    assert (request.sent, request.outcome) == ([], ["end"])
+
+
+def test_a_request_that_cannot_be_decoded_is_answered_and_the_loop_goes_on() -> None:
+    broken, good = FakeRequest([b"\xc1"]), FakeRequest(codec.encode("echo", 1))
+
+    def echo(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        reply.send("echo", payload)
+
+    run(FakeChannel([broken, good]), echo=echo)
+    assert broken.outcome == ["ProtocolError"]
+    assert (good.sent, good.outcome) == ([("echo", 1)], ["end"])
+
+
+def test_requests_are_counted_and_given_up_ones_too() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def give_up(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        seen.append((state.served, state.dropped))
+        assert not reply.abort.is_set()
+        raise CallCancelled
+
+    requests = [FakeRequest(codec.encode("give_up", None)) for _ in range(3)]
+    run(FakeChannel(requests), give_up=give_up)
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+    assert [request.outcome for request in requests] == [["end"]] * 3
+
+
+def test_an_unexpected_control_message_is_logged_and_dropped(tmp_path: Path) -> None:
+    with Pool(echo=echo_role(), log_dir=tmp_path) as pool:
+        pool.start()
+        incarnation = pool._core.supervisor("echo").incarnation()
+        control = socket.socket(fileno=os.dup(incarnation.channel.descriptors()[1]))
+        with control:
+            control.send(b"garbage")
+            control.send(b"\xff" * 48)
+        log = tmp_path / "worker-echo.log"
+        assert eventually(lambda: "unexpected control message (2 so far)" in log.read_text())
+        assert pool.call("echo", "echo", 1) == 1
+        assert pool.ping() < 5
+        assert pool.status()["echo"].incarnation == 1
+
+
+def test_an_error_too_long_for_a_frame_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferpool.host.incarnation._FRAME_LIMIT", 1 << 16)
+    with Pool(echo=echo_role()) as pool:
+        with pytest.raises(RemoteError) as caught:
+            pool.call("echo", "raise", "long")
+        assert caught.value.type_name == "ValueError"
+        assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_worker_told_to_end_before_it_was_told_what_to_be() -> None:
+    channel = HostChannel(ring_capacity=4096, frame_limit=4096, wait="park")
+    log = RoleLogFile(None, "unborn")
+    fds = channel.worker_fds()
+    arguments = WorkerArguments(fds=fds, host_pid=os.getpid(), frame_limit=4096, wait="park")
+    process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log)
+    channel.watch(process.pid)
+    question = channel.shutdown()
+    assert question.next(30).kind == "ack"
+    assert process.reap(30) == "exit code 0"
+    log.close()
