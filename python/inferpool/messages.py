@@ -36,12 +36,18 @@ T = TypeVar("T")
 
 
 def read(fields: Any, message: type[T]) -> T:
-    """Make a message of what came from a user or from the other side.
+    """Make a message, or a config, of what came from a user or from the other side.
 
     Raises:
         TypeError: for an unknown field, or one of the wrong type; by name.
         ValueError: for a wrong value; by name.
     """
+    known = getattr(message, "__dataclass_fields__", None)
+    if known is not None:
+        # msgspec ignores surplus fields of dataclasses.
+        for name in fields:
+            if name not in known:
+                raise TypeError(f"{message.__name__} has no option {name!r}")
     try:
         return msgspec.convert(fields, message)
     except msgspec.ValidationError as error:

@@ -84,7 +84,11 @@ def chat(
 
 
 class Conversation:
-    """The turns so far, and the model that answers the next."""
+    """The turns so far, and the model that answers the next.
+
+    Attributes:
+        turns: what is remembered, in pairs of question and answer.
+    """
 
     def __init__(self, chat: Chat, system: str | None, options: ChatOptions) -> None:
         self._chat = chat
@@ -94,11 +98,11 @@ class Conversation:
             # Arguments that are no UTF-8 come as surrogates, which can't travel.
             text = system.encode(errors="replace").decode()
             self._system.append({"role": "system", "content": text})
-        self._turns: list[dict[str, str]] = []
+        self.turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
         """Forget all turns."""
-        self._turns.clear()
+        self.turns.clear()
 
     def ask(self, prompt: str) -> Generator[ChatDelta]:
         """Answer piece by piece.
@@ -118,13 +122,13 @@ class Conversation:
             raise
         finally:
             if answer := "".join(pieces):
-                self._turns += [question, {"role": "assistant", "content": answer}]
+                self.turns += [question, {"role": "assistant", "content": answer}]
 
     def _stream(self, question: dict[str, str]) -> Generator[ChatDelta]:
         """Answer, without the oldest exchanges if the context can't hold them any more."""
         forgotten = 0
         while True:
-            messages = [*self._system, *self._turns, question]
+            messages = [*self._system, *self.turns, question]
             try:
                 with self._chat.stream(messages, **self._options) as stream:
                     for delta in stream:
@@ -135,9 +139,9 @@ class Conversation:
                 return
             except ContextLengthExceeded:
                 # It is raised before the first piece.
-                if not self._turns:
+                if not self.turns:
                     raise
-                del self._turns[:2]
+                del self.turns[:2]
                 forgotten += 1
 
 

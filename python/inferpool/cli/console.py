@@ -96,13 +96,16 @@ def console(*, stderr: bool = True) -> Console:
     """A rich console for text that is not to be wrapped, marked up or highlighted."""
     from rich.console import Console
 
-    return Console(
-        file=sys.stderr if stderr else sys.stdout,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        soft_wrap=True,
-    )
+    options: dict[str, Any] = {
+        "file": sys.stderr if stderr else sys.stdout,
+        "highlight": False,
+        "markup": False,
+        "emoji": False,
+        "soft_wrap": True,
+    }
+    out = Console(**options)
+    # NO_COLOR leaves bold and dim in rich; who sets it wants plain text.
+    return Console(**options, color_system=None) if out.no_color else out
 
 
 def note(text: str) -> None:

@@ -72,7 +72,7 @@ class Writer(Protocol):
 )
 @click.option(
     "--batch-size",
-    default=256,
+    default=64,
     show_default=True,
     type=click.IntRange(min=1),
     help="Lines per request.",
@@ -113,7 +113,9 @@ def embed(
                 raise Failure(f"{batch[0].place} to {batch[-1].place}: {error}") from error
 
         writer = _Npy(stream, len(lines)) if format_ == "npy" else _Jsonl(stream)
-        _embed_all(lines, batch_size, compute, writer)
+        # A bar would run through the data, were both on the terminal.
+        quiet = stream is sys.stdout.buffer and sys.stdout.isatty()
+        _embed_all(lines, batch_size, compute, writer, quiet=quiet)
     note(f"{_count(len(lines))} in {time.monotonic() - began:.1f} s")
 
 
@@ -122,6 +124,8 @@ def _embed_all(
     batch_size: int,
     compute: Callable[[Sequence[Line]], Vectors],
     writer: Writer,
+    *,
+    quiet: bool,
 ) -> None:
     from rich.progress import (
         BarColumn,
@@ -139,7 +143,7 @@ def _embed_all(
         TimeRemainingColumn(),
         console=err,
         transient=True,
-        disable=not err.is_terminal,
+        disable=quiet or not err.is_terminal,
     ) as progress:
         task = progress.add_task("", total=len(lines))
         # No line at all makes one batch too: an array of shape (0, d) has to know its d.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, cast
 
 from inferpool.config import ChatConfig
 from inferpool.engine.abort import AbortToken
@@ -12,13 +12,7 @@ from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
 from inferpool.messages import ChatDelta, ChatRequest, ChatResult, read
 from inferpool.models import resolve
-from inferpool.roles.handler import (
-    KindHandler,
-    Reply,
-    RoleConfig,
-    State,
-    read_options,
-)
+from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
 __all__ = ["HANDLERS", "ChatSession", "make_session"]
 
@@ -59,10 +53,10 @@ def make_session(role_config: RoleConfig, abort: AbortToken | None) -> ChatSessi
         ModelLoadError: if it can't be loaded, or has no chat template.
         CallCancelled: if ``abort`` was set meanwhile.
     """
-    return ChatSession(read_options(role_config.options, ChatConfig), abort)
+    return ChatSession(read(role_config.options, ChatConfig), abort)
 
 
-def handle_chat(reply: Reply, payload: Any, state: State) -> None:
+def handle_chat(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Answer a `ChatRequest` with one `ChatResult`."""
     pieces = []
     for delta in _deltas(reply, payload, state):
@@ -80,14 +74,14 @@ def handle_chat(reply: Reply, payload: Any, state: State) -> None:
     )
 
 
-def handle_chat_stream(reply: Reply, payload: Any, state: State) -> None:
+def handle_chat_stream(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Answer a `ChatRequest` with a `ChatDelta` for each piece of text, as it is decoded."""
     for delta in _deltas(reply, payload, state):
         reply.send("chat.stream", delta)
 
 
-def _deltas(reply: Reply, payload: Any, state: State) -> Iterator[ChatDelta]:
-    session: ChatSession = state.session
+def _deltas(reply: Reply, payload: Any, state: WorkerLoopState) -> Iterator[ChatDelta]:
+    session = cast(ChatSession, state.session)
     return session.engine.stream(read(payload, ChatRequest), abort=reply.abort)
 
 

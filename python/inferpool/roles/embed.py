@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, cast
 
 from inferpool.config import EmbedConfig
 from inferpool.engine.abort import AbortToken
@@ -12,13 +12,7 @@ from inferpool.engine.embedder import Embedder
 from inferpool.engine.model import Model
 from inferpool.messages import EmbedRequest, read
 from inferpool.models import resolve
-from inferpool.roles.handler import (
-    KindHandler,
-    Reply,
-    RoleConfig,
-    State,
-    read_options,
-)
+from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
 __all__ = ["HANDLERS", "EmbedSession", "make_session"]
 
@@ -58,13 +52,13 @@ def make_session(role_config: RoleConfig, abort: AbortToken | None) -> EmbedSess
         ModelLoadError: if it can't be loaded, or gives no vectors.
         CallCancelled: if ``abort`` was set meanwhile.
     """
-    return EmbedSession(read_options(role_config.options, EmbedConfig), abort)
+    return EmbedSession(read(role_config.options, EmbedConfig), abort)
 
 
-def handle_embed(reply: Reply, payload: Any, state: State) -> None:
+def handle_embed(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Answer an `EmbedRequest` with a float32 array of shape (len(texts), d)."""
     request = read(payload, EmbedRequest)
-    session: EmbedSession = state.session
+    session = cast(EmbedSession, state.session)
     vectors = session.embedder.embed(
         request.texts,
         normalize=request.normalize,
