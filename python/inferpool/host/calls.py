@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from inferpool import codec
 from inferpool._transport import Call, Event, LoopNotifier
@@ -36,8 +36,7 @@ QUEUE_SECONDS = 30.0
 """How long a request waits for space behind a worker that does not read; then `QueueFull`."""
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """What has to be waited for: that a request is out, or that something happens to a call."""
 
     incarnation: Incarnation
@@ -51,6 +50,8 @@ Steps = Generator[Wait, Any, T]
 
 class Deadline:
     """The end of a call's ``timeout``."""
+
+    __slots__ = ("_at", "_timeout")
 
     def __init__(self, timeout: float | None) -> None:
         if timeout is not None and not timeout >= 0:
@@ -71,7 +72,7 @@ class Deadline:
             raise CallTimeout(f"no answer within {self._timeout:g} s")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class OpenCall:
     """A call that is under way, and with whom."""
 

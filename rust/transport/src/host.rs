@@ -19,7 +19,7 @@ use crate::platform::{self, Datagram, Doorbell};
 use crate::record::{Header, Kind, LAST};
 use crate::ring::{Consumer, Producer, nudge};
 use crate::segment::{RingMemory, Segment};
-use crate::spin::Spinner;
+use crate::spin::{HOST_PATIENCE, Spinner};
 use crate::sync::{AtomicU64, Ordering};
 use crate::worker::Inherited;
 use crate::{Patience, Settings, lock};
@@ -105,7 +105,7 @@ impl Host {
             reader: Mutex::new(Reader {
                 ring: Consumer::new(segment.replies()),
                 assembler: Assembler::new(settings.frame_limit),
-                spinner: Spinner::new(settings.wait),
+                spinner: Spinner::new(settings.wait, HOST_PATIENCE),
                 control_open: true,
             }),
             segment,

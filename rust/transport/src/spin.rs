@@ -2,13 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-/// Longest spin. Waking a sleeper takes about this long (50 to 100 µs on the machines measured),
-/// so spinning this long at most doubles the cost of a wait that ends asleep.
-const CAP: Duration = Duration::from_micros(60);
-/// Spins in a row that may fail before this side sleeps at once.
-const PATIENCE: u32 = 4;
+/// Longest spin. Waking a sleeper takes about half of this (50 µs on the machine measured), so a
+/// spin sees the answer even of a peer that slept.
+const CAP: Duration = Duration::from_micros(100);
+/// Spins in a row that may fail before a host sleeps at once: its worker takes longer than that.
+pub(crate) const HOST_PATIENCE: u32 = 4;
+/// A worker spins after every request, since another one often follows: once per request that
+/// costs no more than being woken.
+pub(crate) const WORKER_PATIENCE: u32 = u32::MAX;
 /// While sleeping at once, every so many waits spin again, to notice that the peer got quick.
-const PROBE_EVERY: u32 = 32;
+const PROBE_EVERY: u32 = 16;
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
 
@@ -25,15 +28,17 @@ pub enum WaitPolicy {
 #[derive(Debug)]
 pub(crate) struct Spinner {
     enabled: bool,
+    patience: u32,
     failures: u32,
 }
 
 impl Spinner {
-    pub(crate) fn new(policy: WaitPolicy) -> Self {
+    pub(crate) fn new(policy: WaitPolicy, patience: u32) -> Self {
         // On one CPU the peer can't run while this side spins.
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         Self {
             enabled: policy == WaitPolicy::Adaptive && cpus > 1,
+            patience,
             failures: 0,
         }
     }
@@ -43,9 +48,9 @@ impl Spinner {
         if ready() {
             return true;
         }
-        let worth_it = self.failures < PATIENCE || self.failures.is_multiple_of(PROBE_EVERY);
+        let worth_it = self.failures < self.patience || self.failures.is_multiple_of(PROBE_EVERY);
         if !self.enabled || !worth_it {
-            self.failures = self.failures.wrapping_add(1).max(PATIENCE);
+            self.failures = self.failures.wrapping_add(1);
             return false;
         }
         let start = Instant::now();

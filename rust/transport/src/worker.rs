@@ -15,7 +15,7 @@ use crate::platform::{self, Doorbell, SignalGate};
 use crate::record::{Header, Kind};
 use crate::ring::{Consumer, Producer};
 use crate::segment::{RingMemory, SLOTS, Segment};
-use crate::spin::Spinner;
+use crate::spin::{Spinner, WORKER_PATIENCE};
 use crate::sync::Ordering;
 use crate::{Patience, Settings};
 
@@ -73,7 +73,7 @@ impl Worker {
             inbox: Mutex::new(Inbox {
                 ring: Consumer::new(segment.requests()),
                 assembler: Assembler::new(settings.frame_limit),
-                spinner: Spinner::new(settings.wait),
+                spinner: Spinner::new(settings.wait, WORKER_PATIENCE),
                 seen_unexpected: 0,
             }),
             outbox: Mutex::new(Producer::new(segment.replies())),

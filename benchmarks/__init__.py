@@ -1,0 +1,1 @@
+"""Comparisons, each side by side in one run: ``python -m benchmarks``."""

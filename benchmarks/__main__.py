@@ -1,0 +1,56 @@
+"""Run the comparisons, print the table, keep the figures in ``benchmarks/results``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import inference, transport
+from benchmarks.measure import Row
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {"transport": transport.run, "inference": inference.run}
+
+
+def readable(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def table(rows: list[Row]) -> Table:
+    result = Table("comparison", "contender", "p50", "p99", "ratio of medians", "samples")
+    for row in rows:
+        figures = (readable(row.p50), readable(row.p99), f"{row.ratio:.2f}", str(row.samples))
+        result.add_row(row.comparison, row.contender, *figures)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for name in arguments.parts or PARTS:
+        print(f"measuring {name} ...", file=sys.stderr)
+        rows += PARTS[name](quick=arguments.quick)
+    Console(width=120).print(table(rows))
+    if not arguments.quick:
+        machine = {"cpus": os.cpu_count(), "system": platform.system(), "cpu": platform.machine()}
+        figures = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "latest.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

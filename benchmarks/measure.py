@@ -1,0 +1,67 @@
+"""Interleaved timing: whatever the machine does meanwhile happens to every contender."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender did in one comparison."""
+
+    comparison: str
+    contender: str
+    unit: str
+    p50: float
+    p99: float
+    ratio: float
+    """Median over rounds of this contender's median divided by the first contender's."""
+    samples: int
+
+
+def interleaved(
+    comparison: str,
+    contenders: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    repeats: int,
+    unit: str,
+) -> list[Row]:
+    """Run every contender `repeats` times a round, and compare medians round by round.
+
+    A contender returns what it measured; the first one is the measure of the others.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    medians: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            values = [contender() for _ in range(repeats)]
+            samples[name] += values
+            medians[name].append(statistics.median(values))
+    first = next(iter(contenders))
+    rows = []
+    for name, values in samples.items():
+        ratios = [own / base for own, base in zip(medians[name], medians[first], strict=True)]
+        ordered = sorted(values)
+        rows.append(
+            Row(
+                comparison=comparison,
+                contender=name,
+                unit=unit,
+                p50=statistics.median(ordered),
+                p99=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
+                ratio=statistics.median(ratios),
+                samples=len(ordered),
+            )
+        )
+    return rows
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long the action takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
