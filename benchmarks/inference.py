@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +13,40 @@ from inferpool import ChatConfig, EmbedConfig, Pool
 from inferpool.config import worker_environment
 from inferpool.models import resolve
 
-WORDS = (
-    "the model of a small town river carries light wood and stone past every old bridge where "
-    "people trade bread for news while children count boats and birds on the far bank"
-).split()
+WORDS = [
+    "the",
+    "model",
+    "of",
+    "a",
+    "small",
+    "town",
+    "river",
+    "carries",
+    "light",
+    "wood",
+    "and",
+    "stone",
+    "past",
+    "every",
+    "old",
+    "bridge",
+    "where",
+    "people",
+    "trade",
+    "bread",
+    "for",
+    "news",
+    "while",
+    "children",
+    "count",
+    "boats",
+    "and",
+    "birds",
+    "on",
+    "the",
+    "far",
+    "bank",
+]
 PROMPT = "Explain in detail why honeybees dance and what the other bees learn from it."
 TOKENS = 128
 
@@ -23,6 +55,19 @@ def _passages(number: int, words: range) -> list[str]:
     generator = np.random.default_rng(0)
     lengths = generator.integers(words.start, words.stop, number)
     return [" ".join(generator.choice(WORDS, length)) for length in lengths]
+
+
+def _embedders(peer: Any, pool: Pool, texts: list[str]) -> dict[str, Callable[[], float]]:
+    """Seconds for one text, by contender."""
+
+    def one_by_one() -> None:
+        for text in texts:
+            peer.embed(text)
+
+    return {
+        "Llama, one by one": lambda: seconds(one_by_one) / len(texts),
+        "inferpool": lambda: seconds(lambda: pool.embed(texts)) / len(texts),
+    }
 
 
 def run(*, quick: bool) -> list[Row]:
@@ -40,14 +85,7 @@ def run(*, quick: bool) -> list[Row]:
     with Pool(embed=EmbedConfig("minilm", n_threads=threads)) as pool:
         pool.start()
         for label, words in (("20 to 120 words", range(20, 121)), ("6 words", range(6, 7))):
-            texts = _passages(number, words)
-            contenders = {
-                "Llama, one by one": lambda t=texts: seconds(
-                    lambda: [embedder.embed(text) for text in t]
-                )
-                / len(texts),
-                "inferpool": lambda t=texts: seconds(lambda: pool.embed(t)) / len(texts),
-            }
+            contenders = _embedders(embedder, pool, _passages(number, words))
             name = f"MiniLM f32, a text of {label}"
             rows += interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
     embedder.close()
