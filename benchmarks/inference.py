@@ -13,40 +13,10 @@ from inferpool import ChatConfig, EmbedConfig, Pool
 from inferpool.config import worker_environment
 from inferpool.models import resolve
 
-WORDS = [
-    "the",
-    "model",
-    "of",
-    "a",
-    "small",
-    "town",
-    "river",
-    "carries",
-    "light",
-    "wood",
-    "and",
-    "stone",
-    "past",
-    "every",
-    "old",
-    "bridge",
-    "where",
-    "people",
-    "trade",
-    "bread",
-    "for",
-    "news",
-    "while",
-    "children",
-    "count",
-    "boats",
-    "and",
-    "birds",
-    "on",
-    "the",
-    "far",
-    "bank",
-]
+TEXT = (
+    "the model of a small town river carries light wood and stone past every old bridge where "
+    "people trade bread for news while children count boats and birds on the far bank"
+)
 PROMPT = "Explain in detail why honeybees dance and what the other bees learn from it."
 TOKENS = 128
 
@@ -54,7 +24,7 @@ TOKENS = 128
 def _passages(number: int, words: range) -> list[str]:
     generator = np.random.default_rng(0)
     lengths = generator.integers(words.start, words.stop, number)
-    return [" ".join(generator.choice(WORDS, length)) for length in lengths]
+    return [" ".join(generator.choice(TEXT.split(), length)) for length in lengths]
 
 
 def _embedders(peer: Any, pool: Pool, texts: list[str]) -> dict[str, Callable[[], float]]:
