@@ -391,3 +391,13 @@ def test_more_calls_than_slots_wait_their_turn(pool: Pool) -> None:
     assert [next(stream) for stream in streams] == list(range(255))
     thread.join(10)
     assert extra == ["extra"]
+
+
+def test_cancelling_calls_does_not_cancel_the_start_of_their_worker() -> None:
+    with Pool(slow=echo_role(load_seconds=0.5)) as pool:
+        stream = pool.stream("slow", "echo", 1)
+        assert pool.cancel("slow") == 1
+        with pytest.raises(CallCancelled):
+            next(stream)
+        assert pool.call("slow", "echo", 2) == 2
+        assert pool.status()["slow"].incarnation == 1

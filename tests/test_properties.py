@@ -114,6 +114,9 @@ class Lifecycle(RuleBasedStateMachine):
     def pid(self) -> int | None:
         return self.pool.status()["echo"].pid
 
+    def in_flight(self) -> int:
+        return self.pool.status()["echo"].in_flight
+
     @rule(kind=st.sampled_from(["echo", "sleep", "wait_for_abort", "exit"]))
     def call(self, kind: str) -> None:
         payload = {"echo": 1, "sleep": 0.01, "wait_for_abort": None, "exit": 5}[kind]
@@ -132,9 +135,12 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["echo", "wait_for_abort"]))
     def call_in_the_background(self, kind: str) -> None:
         outcomes: list[str] = []
+        before = self.in_flight()
         thread = threading.Thread(target=lambda: outcomes.append(self.outcome(kind, 1, 60)))
         thread.start()
         self.background.append((thread, outcomes))
+        # A later cancel is to meet it.
+        assert eventually(lambda: bool(outcomes) or self.in_flight() > before)
 
     @rule(items=st.integers(0, 20))
     def stream_and_drop(self, items: int) -> None:

@@ -189,8 +189,8 @@ class HostChannel:
         Afterwards the next frame makes one of `descriptors` readable.
         """
 
-    def cancel_all(self) -> int:
-        """Cancel every call in flight, and say how many those were."""
+    def cancel(self, call: int) -> None:
+        """Cancel the call with this id, as its `Call.cancel` does."""
 
     def close(self) -> None:
         """End the channel here: every call in flight fails with `PoolClosed`."""
@@ -202,9 +202,8 @@ class HostChannel:
     def wait_death(self, timeout: float | None = None) -> bool:
         """Wait for the watched process to end; False if it lives after `timeout` seconds."""
 
-    @property
-    def in_flight(self) -> int:
-        """Calls that have not ended."""
+    def in_flight(self) -> list[int]:
+        """Ids of the calls that have not ended."""
 
     def counters(self) -> dict[str, int]:
         """Counts so far: frames sent and received, parks, rings, dropped late frames."""

@@ -19,6 +19,7 @@
     │   ├── ModelLoadError
     │   └── ContextLengthExceeded
     ├── ProtocolError           the other side broke the wire format
+    ├── PeerDied                internal; callers see WorkerCrashed
     └── PoolClosed
 
 A builtin is raised where a builtin says it: ``TypeError`` for an argument of the
@@ -39,6 +40,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFound",
     "PayloadTooLarge",
+    "PeerDied",
     "PoolClosed",
     "ProtocolError",
     "QueueFull",

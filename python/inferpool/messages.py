@@ -32,10 +32,10 @@ FinishReason = Literal["stop", "length"]
 READY_KIND = "inferpool.ready"
 """Kind of a request that every worker answers with nothing, once its session stands."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def read(fields: Any, message: type[T]) -> T:
+def read(fields: Any, message: type[_T]) -> _T:
     """Make a message, or a config, of what came from a user or from the other side.
 
     Raises:

@@ -59,6 +59,7 @@ class Incarnation:
         self.started = time.monotonic()
         self.ready: Ready | None = None
         self._start_call: Call | None = None
+        self._start_id = 0
         self._start_error: InferpoolError | None = None
         self._exit: str | None = None
         self._tail = ""
@@ -78,6 +79,7 @@ class Incarnation:
         try:
             self.channel.watch(self._process.pid)
             self._start_call = self._send_start()
+            self._start_id = self._start_call.id
         except (InferpoolError, OSError) as error:
             raise self.start_error(f"could not be reached: {error}") from error
         except BaseException:
@@ -126,10 +128,16 @@ class Incarnation:
             self._poll_start()
             return self.ready is not None
 
-    @property
-    def in_flight(self) -> int:
-        """Calls that have not ended; the one that starts the worker is none."""
-        return self.channel.in_flight - (0 if self.is_ready() else 1)
+    def in_flight(self) -> list[int]:
+        """Ids of the calls that have not ended; the one that starts the worker is none."""
+        return [id for id in self.channel.in_flight() if id != self._start_id]
+
+    def cancel_all(self) -> int:
+        """Cancel the calls in flight, and say how many those were."""
+        ids = self.in_flight()
+        for id in ids:
+            self.channel.cancel(id)
+        return len(ids)
 
     def check_started(self) -> float | None:
         """Note whether the session stands; seconds left for that, None once it does.

@@ -75,7 +75,7 @@ class Supervisor:
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were."""
         current = self._incarnation
-        return 0 if current is None else current.channel.cancel_all()
+        return 0 if current is None else current.cancel_all()
 
     def ask_to_end(self) -> None:
         """Refuse calls from now on, fail those in flight, and tell the worker to end."""
@@ -106,6 +106,6 @@ class Supervisor:
             incarnation=self._count,
             uptime=time.monotonic() - running.started if running else None,
             load_seconds=running.ready.load_seconds if running and running.ready else None,
-            in_flight=running.in_flight if running else 0,
+            in_flight=len(running.in_flight()) if running else 0,
             counters=running.channel.counters() if running else {},
         )

@@ -95,8 +95,8 @@ impl PyHostChannel {
         Ok(py.detach(|| self.0.look(notifier)).map_err(Raised::from)?)
     }
 
-    fn cancel_all(&self) -> usize {
-        self.0.cancel_all()
+    fn cancel(&self, call: u64) {
+        self.0.cancel(call);
     }
 
     fn close(&self) {
@@ -119,8 +119,7 @@ impl PyHostChannel {
         }
     }
 
-    #[getter]
-    fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> Vec<u64> {
         self.0.in_flight()
     }
 

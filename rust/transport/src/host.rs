@@ -394,16 +394,6 @@ impl Host {
         }
     }
 
-    /// Cancels every call in flight, and says how many those were.
-    pub fn cancel_all(&self) -> usize {
-        if std::process::id() != self.owner {
-            return 0;
-        }
-        let undecided = lock(&self.calls).undecided();
-        undecided.iter().for_each(|&call| self.cancel(call));
-        undecided.len()
-    }
-
     /// Cancels the call and forgets it: nobody will ask for its outcome.
     pub fn abandon(&self, call: u64) {
         if std::process::id() == self.owner {
@@ -494,8 +484,8 @@ impl Host {
     }
 
     /// Calls that have no outcome yet.
-    pub fn in_flight(&self) -> usize {
-        lock(&self.calls).undecided().len()
+    pub fn in_flight(&self) -> Vec<u64> {
+        lock(&self.calls).undecided()
     }
 
     /// Counts so far.
