@@ -709,9 +709,12 @@ impl Host {
         if dead { Err(Error::PeerDied) } else { Ok(()) }
     }
 
+    /// Ends the channel because of a violation, unless it has ended: what still arrives then may
+    /// well be for calls that are forgotten.
     fn violated(&self, violation: Violation) -> Error {
-        self.finish(End::Violated(violation));
-        Error::Protocol(violation)
+        let mut calls = lock(&self.calls);
+        calls.finish(End::Violated(violation));
+        calls.end().map_or(Error::Protocol(violation), Error::from)
     }
 
     fn finish(&self, end: End) {

@@ -233,7 +233,7 @@ fn a_request_comes_back() {
     pair.serve_echo();
     round_trip(&pair.host, &[b"message", b"", &[1; 100]]);
     round_trip(&pair.host, &[]);
-    assert_eq!(pair.host.in_flight(), 0);
+    assert_eq!(pair.host.in_flight(), [0; 0]);
 }
 
 #[test]
@@ -361,7 +361,7 @@ fn a_cancellation_reaches_a_worker_that_waits_for_the_window() {
         assert!(matches!(wait_outcome(&pair.host, call), Outcome::Cancelled));
         round_of_nothing(&pair);
     }
-    assert_eq!(pair.host.in_flight(), 0);
+    assert_eq!(pair.host.in_flight(), [0; 0]);
 }
 
 #[test]
@@ -461,7 +461,7 @@ fn a_request_given_up_half_sent_leaves_the_channel_intact() {
         assert!(matches!(wait_outcome(&pair.host, next), Outcome::Ended));
     });
     assert_eq!(pair.host.counters().dropped_late, 1);
-    assert_eq!(pair.host.in_flight(), 0);
+    assert_eq!(pair.host.in_flight(), [0; 0]);
 }
 
 #[test]
@@ -598,7 +598,7 @@ fn many_threads_with_many_calls_get_their_own_answers() {
         (counters.frames_sent, counters.frames_received),
         (total, 2 * total)
     );
-    assert_eq!((counters.dropped_late, pair.host.in_flight()), (0, 0));
+    assert_eq!((counters.dropped_late, pair.host.in_flight().len()), (0, 0));
 }
 
 #[test]
@@ -619,7 +619,7 @@ fn threads_that_share_one_channel_hand_the_reading_on() {
             });
         }
     });
-    assert_eq!(pair.host.in_flight(), 0);
+    assert_eq!(pair.host.in_flight(), [0; 0]);
 }
 
 #[test]
@@ -648,7 +648,7 @@ fn calls_that_are_cancelled_among_others_harm_none() {
             });
         }
     });
-    assert_eq!(pair.host.in_flight(), 0);
+    assert_eq!(pair.host.in_flight(), [0; 0]);
 }
 
 #[test]
