@@ -401,3 +401,12 @@ def test_cancelling_calls_does_not_cancel_the_start_of_their_worker() -> None:
             next(stream)
         assert pool.call("slow", "echo", 2) == 2
         assert pool.status()["slow"].incarnation == 1
+
+
+def test_a_request_given_up_before_it_is_served_is_not_served(pool: Pool) -> None:
+    busy = pool.stream("echo", "sleep", 0.3)
+    deadly = pool.stream("echo", "exit", 1)
+    deadly.close()
+    assert list(busy) == [0.3]
+    facts = pool.call("echo", "facts")
+    assert (facts["dropped"], pool.status()["echo"].incarnation) == (1, 1)

@@ -148,6 +148,8 @@ def _serve(
     request: Request, kind_handlers: Mapping[WireKind, KindHandler], state: WorkerLoopState
 ) -> None:
     try:
+        if request.abort.cancelled:
+            raise CallCancelled("given up before it was served")
         if request.parts:
             kind, payload = codec.decode(request.parts)
             handler = kind_handlers.get(kind)
