@@ -1,79 +1,11 @@
 //! Puts frames together from their records.
 
-use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
-use std::ptr::NonNull;
 
-use crate::body::PART_ALIGN;
+use crate::buffer::Body;
 use crate::error::Violation;
 use crate::record::{FIRST, Header, Kind, LAST};
 use crate::ring::{Consumer, Memory, Record};
-
-/// Heap bytes aligned to [`PART_ALIGN`], filled once and then read.
-#[derive(Debug)]
-pub struct Body {
-    start: NonNull<u8>,
-    length: usize,
-}
-
-// SAFETY: a `Body` owns its bytes alone, as a `Vec<u8>` does.
-unsafe impl Send for Body {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for Body {}
-
-impl Body {
-    /// Allocates without filling; `None` when memory is short. Untouched pages of a large body cost
-    /// nothing, so a peer that declares much and sends little gains nothing.
-    fn with_length(length: usize) -> Option<Self> {
-        if length == 0 {
-            return Some(Self::empty());
-        }
-        let layout = Layout::from_size_align(length, PART_ALIGN).ok()?;
-        // SAFETY: the layout's size is not zero.
-        let start = NonNull::new(unsafe { alloc(layout) })?;
-        Some(Self { start, length })
-    }
-
-    fn empty() -> Self {
-        Self {
-            start: NonNull::dangling(),
-            length: 0,
-        }
-    }
-
-    /// Bytes of the body.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether the body has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// Start of the bytes, aligned to [`PART_ALIGN`]; dangling when empty.
-    pub fn as_mut_ptr(&self) -> *mut u8 {
-        self.start.as_ptr()
-    }
-
-    /// The bytes.
-    pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: a `Body` leaves this module only when every byte has been written.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
-    }
-}
-
-impl Drop for Body {
-    fn drop(&mut self) {
-        if self.length > 0 {
-            // SAFETY: allocated in `with_length` with this very layout.
-            unsafe {
-                let layout = Layout::from_size_align_unchecked(self.length, PART_ALIGN);
-                dealloc(self.start.as_ptr(), layout);
-            }
-        }
-    }
-}
 
 /// A whole frame, copied out of the ring.
 #[derive(Debug)]

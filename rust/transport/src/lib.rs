@@ -15,6 +15,8 @@ mod assemble;
 #[cfg(not(loom))]
 pub mod body;
 #[cfg(not(loom))]
+mod buffer;
+#[cfg(not(loom))]
 mod calls;
 pub mod control;
 mod error;
@@ -45,7 +47,8 @@ pub use error::{Error, Result, Violation};
 #[cfg(not(loom))]
 pub use self::{
     abort::AbortToken,
-    assemble::{Assembler, Body, Frame},
+    assemble::{Assembler, Frame},
+    buffer::Body,
     calls::{End, Event, Outcome},
     host::{Counters, Host, Outgoing},
     notify::Notifier,

@@ -12,6 +12,9 @@ pub(crate) const HOST_PATIENCE: u32 = 4;
 pub(crate) const WORKER_PATIENCE: u32 = u32::MAX;
 /// While sleeping at once, every so many waits spin again, to notice that the peer got quick.
 const PROBE_EVERY: u32 = 16;
+/// From then on the CPU is offered to others between looks: if the scheduler has put the peer on
+/// this very CPU, it can't answer before.
+const ALONE: Duration = Duration::from_micros(5);
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
 
@@ -62,9 +65,13 @@ impl Spinner {
                     return true;
                 }
             }
-            if start.elapsed() >= CAP {
+            let spent = start.elapsed();
+            if spent >= CAP {
                 self.failures = self.failures.wrapping_add(1);
                 return false;
+            }
+            if spent >= ALONE {
+                std::thread::yield_now();
             }
         }
     }

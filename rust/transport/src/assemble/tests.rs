@@ -1,4 +1,5 @@
 use super::*;
+use crate::body::PART_ALIGN;
 use crate::ring::Producer;
 use crate::segment::{RingMemory, Segment};
 

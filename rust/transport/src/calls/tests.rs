@@ -1,7 +1,7 @@
 use std::os::fd::AsFd;
 
 use super::*;
-use crate::assemble::Body;
+use crate::buffer::Body;
 use crate::platform;
 
 /// Cost of a frame with an empty body.
