@@ -45,6 +45,11 @@ def started_host(script: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
             host.kill()
 
 
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
@@ -69,6 +74,23 @@ def test_workers_die_with_a_killed_host(kind: str) -> None:
     )
     with started_host(script) as (host, pid):
         assert is_running(pid)
+        host.kill()
+        host.wait()
+        assert eventually(lambda: not is_running(pid), seconds=2)
+        assert shared_memory() <= before
+
+
+def test_workers_die_with_a_host_killed_during_inference() -> None:
+    before = shared_memory()
+    script = (
+        "from inferpool import ChatConfig\n"
+        "pool = Pool(chat=ChatConfig('smollm2', n_threads=1)).start()\n"
+        "print(pool.status()['chat'].pid, flush=True)\n"
+        "pool.chat('word ' * 7000, max_tokens=1)\n"
+    )
+    with started_host(script) as (host, pid):
+        # The prompt takes many seconds; this much CPU time is in the middle of it.
+        assert eventually(lambda: cpu_seconds(pid) > 1.5)
         host.kill()
         host.wait()
         assert eventually(lambda: not is_running(pid), seconds=2)

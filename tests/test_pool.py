@@ -352,6 +352,22 @@ def test_a_pool_refuses_what_it_does_not_know(arguments: dict[str, object], mess
         Pool(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"wait": "busy"},
+        {"log_level": "LOUD"},
+        {"start_timeout": -1},
+        {"close_timeout": float("nan")},
+        {"../role": echo_role()},
+    ],
+    ids=str,
+)
+def test_a_pool_refuses_bad_options(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options)).strip("./")):
+        Pool(echo=echo_role(), **options)  # type: ignore[arg-type]
+
+
 def test_an_unknown_role_and_a_malformed_path_are_refused(pool: Pool) -> None:
     with pytest.raises(ValueError, match="no role 'nope'"):
         pool.call("nope", "echo")

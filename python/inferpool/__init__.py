@@ -32,11 +32,9 @@ if TYPE_CHECKING:
         ProtocolError,
         QueueFull,
         RemoteError,
-        RoleDegraded,
         WorkerCrashed,
         WorkerError,
         WorkerStartError,
-        WorkerStuck,
     )
     from inferpool.host.pool import AsyncPool, Pool
     from inferpool.host.stream import AsyncStream, Stream
@@ -59,11 +57,9 @@ _HOMES = {
         "ProtocolError",
         "QueueFull",
         "RemoteError",
-        "RoleDegraded",
         "WorkerCrashed",
         "WorkerError",
         "WorkerStartError",
-        "WorkerStuck",
     ],
     "inferpool.host.pool": ["AsyncPool", "Pool"],
     "inferpool.host.stream": ["AsyncStream", "Stream"],
@@ -94,7 +90,6 @@ __all__ = [
     "QueueFull",
     "RemoteError",
     "Role",
-    "RoleDegraded",
     "RoleStatus",
     "Stream",
     "Timings",
@@ -102,7 +97,6 @@ __all__ = [
     "WorkerCrashed",
     "WorkerError",
     "WorkerStartError",
-    "WorkerStuck",
 ]
 
 

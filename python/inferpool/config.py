@@ -5,6 +5,7 @@ Names and defaults follow llama.cpp where it has a word for the thing.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,6 +127,15 @@ class PoolOptions:
     """Seconds that a worker has to end by itself before it is killed."""
     wait: str = "adaptive"
     """``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins."""
+
+    def __post_init__(self) -> None:
+        if self.wait not in {"adaptive", "park"}:
+            raise ValueError(f"wait must be 'adaptive' or 'park', not {self.wait!r}")
+        if self.log_level not in logging.getLevelNamesMapping():
+            raise ValueError(f"unknown log_level {self.log_level!r}")
+        for name in ("start_timeout", "close_timeout"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
 
 def cache_dir() -> Path:

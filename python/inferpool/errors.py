@@ -5,9 +5,7 @@
     InferpoolError
     ├── WorkerError             the process behind a role
     │   ├── WorkerStartError    it could not start or load its session
-    │   ├── WorkerCrashed       it died while calls were in flight
-    │   ├── WorkerStuck         it shows no progress
-    │   └── RoleDegraded        it crashed too often; see ``Pool.reset``
+    │   └── WorkerCrashed       it died while calls were in flight
     ├── CallError               one call
     │   ├── CallTimeout         (also a TimeoutError)
     │   ├── CallCancelled
@@ -45,11 +43,9 @@ __all__ = [
     "ProtocolError",
     "QueueFull",
     "RemoteError",
-    "RoleDegraded",
     "WorkerCrashed",
     "WorkerError",
     "WorkerStartError",
-    "WorkerStuck",
 ]
 
 
@@ -94,14 +90,6 @@ class WorkerStartError(WorkerError):
 
 class WorkerCrashed(WorkerError):
     """The worker died while this call was in flight. The next call starts a new one."""
-
-
-class WorkerStuck(WorkerError):
-    """The worker is alive but has shown no progress for longer than its bound."""
-
-
-class RoleDegraded(WorkerError):
-    """The role crashed too often within its window and refuses calls until reset."""
 
 
 class CallError(InferpoolError):

@@ -82,6 +82,8 @@ def _close(supervisors: Mapping[str, Supervisor], timeout: float, owner: int) ->
 
 
 def _as_role(name: str, given: RoleLike) -> Role:
+    if not name.isidentifier():  # it names a file of the log directory too
+        raise ValueError(f"a role's name must be an identifier, not {name!r}")
     if isinstance(given, Role):
         return given
     config_class = _CONFIGS.get(name)
