@@ -127,9 +127,12 @@ def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:
     """Wait for what happens to the call next."""
     incarnation = opened.incarnation
     while True:
-        bound = None if incarnation.ready else incarnation.check_started()
         try:
-            event: Event = yield Wait(incarnation, opened.call, "event", deadline.left(bound))
+            # The next item of a stream has often come while the last one was used.
+            event = opened.call.poll()
+            if event is None:
+                bound = None if incarnation.ready else incarnation.check_started()
+                event = yield Wait(incarnation, opened.call, "event", deadline.left(bound))
         except CallTimeout:
             deadline.check()
         except (PeerDied, ProtocolError) as error:
