@@ -80,8 +80,8 @@ class Event:
         """One item of the answer, or how the call ended."""
 
     @property
-    def parts(self) -> list[memoryview]:
-        """Parts of the frame of ``"data"`` and ``"error"``; views of one `Body`."""
+    def parts(self) -> list[bytes | memoryview]:
+        """Parts of the frame of ``"data"`` and ``"error"``: a short message, views of one `Body`."""
 
     @property
     def progress(self) -> Progress | None:
@@ -213,8 +213,8 @@ class Request:
     """One request in the worker, and where its answer goes."""
 
     @property
-    def parts(self) -> list[memoryview]:
-        """Parts of the frame; empty when the host gave the request up half sent."""
+    def parts(self) -> list[bytes | memoryview]:
+        """Parts of the frame, as in `Event`; empty when the host gave the request up half sent."""
 
     @property
     def call(self) -> int:

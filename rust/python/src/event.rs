@@ -4,11 +4,11 @@ use std::ffi::c_int;
 
 use inferpool_transport::body;
 use inferpool_transport::control::Progress;
-use inferpool_transport::{Body, Event, Frame, Outcome};
+use inferpool_transport::{Body, Error, Event, Frame, Outcome};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyMemoryView, PySlice};
+use pyo3::types::{PyBytes, PyMemoryView, PySlice};
 
 use crate::python::Raised;
 
@@ -52,21 +52,36 @@ impl PyBody {
     }
 }
 
-/// The parts of a frame's body, each a view of the same memory.
-pub fn parts<'py>(py: Python<'py>, frame: Frame) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let ranges = body::parse(frame.body.as_slice())
-        .map_err(|error| Raised::from(inferpool_transport::Error::from(error)))?;
-    let whole = PyMemoryView::from(Bound::new(py, PyBody(frame.body))?.as_any())?;
-    let slice = |range: std::ops::Range<usize>| {
-        // A body is at most isize::MAX bytes, as every allocation is.
-        whole.get_item(PySlice::new(
-            py,
-            range.start as isize,
-            range.end as isize,
-            1,
-        ))
-    };
-    ranges.into_iter().map(slice).collect()
+/// A message of up to so many bytes is copied into a `bytes` object: that costs less than a view.
+const COPIED_MESSAGE: usize = 4096;
+
+/// The parts of a frame's body: views of the same memory, but for a short message.
+pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Vec<Py<PyAny>>> {
+    let body = frame.body.as_slice();
+    let mut ranges = body::parse(body)
+        .map_err(|violation| Raised::from(Error::from(violation)))?
+        .into_iter();
+    let mut parts = Vec::with_capacity(ranges.len());
+    if ranges
+        .as_slice()
+        .first()
+        .is_some_and(|message| message.len() <= COPIED_MESSAGE)
+    {
+        parts.extend(
+            ranges
+                .next()
+                .map(|range| PyBytes::new(py, &body[range]).into_any().unbind()),
+        );
+    }
+    if ranges.len() > 0 {
+        let whole = PyMemoryView::from(Bound::new(py, PyBody(frame.body))?.as_any())?;
+        for range in ranges {
+            // A body is at most isize::MAX bytes, as every allocation is.
+            let slice = PySlice::new(py, range.start as isize, range.end as isize, 1);
+            parts.push(whole.get_item(slice)?.unbind());
+        }
+    }
+    Ok(parts)
 }
 
 /// How far a worker has come. Each count only grows.
@@ -125,19 +140,18 @@ impl PyEvent {
                 }
             }
             Event::Done(Outcome::Cancelled) => {
-                return Err(Raised::from(inferpool_transport::Error::Cancelled).into());
+                return Err(Raised::from(Error::Cancelled).into());
             }
             Event::Done(Outcome::Lost(end)) => {
-                return Err(Raised::from(inferpool_transport::Error::from(end)).into());
+                return Err(Raised::from(Error::from(end)).into());
             }
         })
     }
 
     fn with_parts(py: Python<'_>, kind: &'static str, frame: Frame) -> PyResult<Self> {
-        let parts = parts(py, frame)?.into_iter().map(Bound::unbind).collect();
         Ok(Self {
             kind,
-            parts,
+            parts: parts(py, frame)?,
             progress: None,
         })
     }

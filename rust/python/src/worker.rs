@@ -45,7 +45,7 @@ impl PyWorkerChannel {
         let frame = patiently(py, None, |patience| self.0.receive(patience))?;
         let Some(frame) = frame else { return Ok(None) };
         let port = ReplyPort::new(Arc::clone(&self.0), &frame.header);
-        let parts = parts(py, frame)?.into_iter().map(Bound::unbind).collect();
+        let parts = parts(py, frame)?;
         let abort = Py::new(py, PyAbortToken::from(port.abort_token()))?;
         Ok(Some(PyRequest { port, parts, abort }))
     }
