@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -280,3 +281,16 @@ def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
         status = pool.status()["echo"]
         assert status.in_flight == 0
         assert eventually(lambda: pool.status()["echo"].counters["dropped_late"] == 0)
+
+
+def test_tasks_may_share_a_stream() -> None:
+    async def body(pool: AsyncPool) -> None:
+        stream = pool.stream("echo", "count", 1000)
+
+        async def read() -> list[int]:
+            return [item async for item in stream]
+
+        received = await asyncio.gather(read(), read(), read())
+        assert sorted(itertools.chain(*received)) == list(range(1000))
+
+    run(body)

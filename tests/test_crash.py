@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from conftest import echo_role, eventually, is_running
+from conftest import descriptors, echo_role, eventually, is_running
 
 from inferpool import ModelNotFound, Pool, Role, WorkerCrashed, WorkerStartError
 
@@ -191,3 +194,66 @@ def test_nothing_a_worker_prints_reaches_the_terminal() -> None:
         arguments, input=script, capture_output=True, text=True, timeout=50, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == ("crashed\n", "", 0)
+
+
+def test_too_few_descriptors_are_a_typed_error_and_leave_none_behind() -> None:
+    Pool(echo=echo_role()).close()
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    outcomes = []
+    for spare in range(20):
+        pool = Pool(echo=echo_role())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, hard))
+        try:
+            outcomes.append(pool.call("echo", "echo", "answer", timeout=30))
+        except WorkerStartError:
+            outcomes.append("error")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        pool.close()
+        assert descriptors() == before
+    assert outcomes[0] == "error"
+    assert outcomes[-1] == "answer"
+
+
+def test_a_worker_stopped_while_it_starts_fails_its_calls_and_is_replaced() -> None:
+    with Pool(slow=echo_role(load_seconds=0.5), start_timeout=2.0) as pool:
+        stream = pool.stream("slow", "echo", 1)
+        pid = pool.status()["slow"].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(WorkerStartError, match="did not start within 2 s"):
+            next(stream)
+        assert pool.call("slow", "echo", 2) == 2
+
+
+def test_a_storm_of_kills_gives_each_call_its_answer_or_a_crash(pool: Pool) -> None:
+    pool.start()
+    deadline = time.monotonic() + 2.0
+    outcomes: collections.Counter[str] = collections.Counter()
+
+    def caller(number: int) -> None:
+        while time.monotonic() < deadline:
+            payload = bytes([number]) * 20_000
+            try:
+                assert pool.call("echo", "echo", payload, timeout=20) == payload
+                outcomes["answer"] += 1
+            except WorkerCrashed as error:
+                outcomes[str(error.exit)] += 1
+            except WorkerStartError:
+                outcomes["start"] += 1
+
+    threads = [threading.Thread(target=caller, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < deadline:
+        pid = pool.status()["echo"].pid
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.4)
+    for thread in threads:
+        thread.join(30)
+    assert outcomes["answer"]
+    assert outcomes["SIGKILL"]
+    assert outcomes.keys() <= {"answer", "SIGKILL", "start"}
+    assert pool.call("echo", "echo", "next") == "next"

@@ -426,3 +426,21 @@ def test_a_request_given_up_before_it_is_served_is_not_served(pool: Pool) -> Non
     assert list(busy) == [0.3]
     facts = pool.call("echo", "facts")
     assert (facts["dropped"], pool.status()["echo"].incarnation) == (1, 1)
+
+
+def test_threads_may_share_a_stream(pool: Pool) -> None:
+    stream = pool.stream("echo", "count", 5000)
+    received: list[int] = []
+    threads = [threading.Thread(target=lambda: received.extend(stream)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(received) == list(range(5000))
+
+
+def test_abandoned_streams_give_their_slots_back(pool: Pool) -> None:
+    for _ in range(600):
+        assert next(pool.stream("echo", "count", None)) == 0
+    assert pool.call("echo", "echo", 1) == 1
+    assert pool.status()["echo"].in_flight == 0

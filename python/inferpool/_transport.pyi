@@ -81,7 +81,7 @@ class Event:
 
     @property
     def parts(self) -> list[bytes | memoryview]:
-        """Parts of the frame of ``"data"`` and ``"error"``: a short message, views of one `Body`."""
+        """Parts of ``"data"`` and ``"error"``: a short message, views of one `Body`."""
 
     @property
     def progress(self) -> Progress | None:

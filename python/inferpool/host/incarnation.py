@@ -64,18 +64,23 @@ class Incarnation:
         self._exit: str | None = None
         self._tail = ""
         self._lock = threading.Lock()
-        try:
-            self._log = RoleLogFile(spec.options.log_dir, spec.name)
-            self.channel = HostChannel(
-                ring_capacity=_RING_CAPACITY, frame_limit=_FRAME_LIMIT, wait=spec.options.wait
-            )
-            self._process = self._spawn()
-        except OSError as error:
-            raise WorkerStartError(
-                f"cannot start a worker for role {spec.name!r}: {error}",
-                role=spec.name,
-                incarnation=number,
-            ) from error
+        with contextlib.ExitStack() as undo:
+            try:
+                self._log = RoleLogFile(spec.options.log_dir, spec.name)
+                undo.callback(self._log.close)
+                # Its descriptors go with it, and must not wait for the exception to be collected.
+                undo.callback(self.__dict__.pop, "channel", None)
+                self.channel = HostChannel(
+                    ring_capacity=_RING_CAPACITY, frame_limit=_FRAME_LIMIT, wait=spec.options.wait
+                )
+                self._process = self._spawn()
+            except OSError as error:
+                raise WorkerStartError(
+                    f"cannot start a worker for role {spec.name!r}: {error}",
+                    role=spec.name,
+                    incarnation=number,
+                ) from error
+            undo.pop_all()
         try:
             self.channel.watch(self._process.pid)
             self._start_call = self._send_start()
@@ -118,9 +123,14 @@ class Incarnation:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        """Whether the incarnation is known to be over. Cheap, and may lag behind `alive`."""
+        return self._exit is not None or self.channel.ended
+
+    @property
     def alive(self) -> bool:
-        """Whether the worker can take calls, as far as the kernel and the channel know."""
-        return not self.channel.ended and not self.channel.wait_death(0)
+        """Whether the worker can take calls; asks the kernel."""
+        return not self.ended and not self.channel.wait_death(0)
 
     def is_ready(self) -> bool:
         """Whether the session stands, as far as the worker has said."""
@@ -199,7 +209,7 @@ class Incarnation:
         with self._lock:
             if self._exit is None:
                 self._poll_start()
-                self.channel.close()
+                # Whoever waits for a call sees the death, once what was committed is read.
                 self._process.kill()
                 self._exit = self._process.reap(_REAP_SECONDS)
                 self._tail = self._log.tail()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -28,20 +30,22 @@ class Stream(Iterator[T], Generic[T]):
         self._convert = convert
         self._deadline = Deadline(timeout)
         self._ended = False
+        self._lock = threading.Lock()
         self._opened = driver.run(opening(self._deadline))
 
     def __next__(self) -> T:
-        if self._ended:
-            raise StopIteration
-        try:
-            item = self._driver.run(next_item(self._opened, self._deadline))
-        except BaseException:
-            self.close()
-            raise
-        if item is None:
-            self.close()
-            raise StopIteration
-        return self._convert(item[0])
+        with self._lock:  # threads that share a stream share its items
+            if self._ended:
+                raise StopIteration
+            try:
+                item = self._driver.run(next_item(self._opened, self._deadline))
+            except BaseException:
+                self.close()
+                raise
+            if item is None:
+                self.close()
+                raise StopIteration
+            return self._convert(item[0])
 
     def cancel(self) -> None:
         """End the call from any thread; whoever iterates gets `CallCancelled`."""
@@ -79,24 +83,26 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         self._timeout = timeout
         self._opening = opening
         self._ended = False
+        self._lock = asyncio.Lock()
         self._deadline: Deadline | None = None
         self._opened: OpenCall | None = None
 
     async def __anext__(self) -> T:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            if self._opened is None or self._deadline is None:
-                self._deadline = Deadline(self._timeout)
-                self._opened = await self._driver.run(self._opening(self._deadline))
-            item = await self._driver.run(next_item(self._opened, self._deadline))
-        except BaseException:
-            self.close()
-            raise
-        if item is None:
-            self.close()
-            raise StopAsyncIteration
-        return self._convert(item[0])
+        async with self._lock:  # tasks that share a stream share its items
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                if self._opened is None or self._deadline is None:
+                    self._deadline = Deadline(self._timeout)
+                    self._opened = await self._driver.run(self._opening(self._deadline))
+                item = await self._driver.run(next_item(self._opened, self._deadline))
+            except BaseException:
+                self.close()
+                raise
+            if item is None:
+                self.close()
+                raise StopAsyncIteration
+            return self._convert(item[0])
 
     def cancel(self) -> None:
         """End the call from any task; whoever iterates gets `CallCancelled`."""

@@ -52,7 +52,7 @@ class Supervisor:
             WorkerStartError: the process could not be started.
         """
         current = self._incarnation
-        if current is not None and not current.channel.ended:
+        if current is not None and not current.ended:
             return current
         with self._lock:
             if self._closed:
