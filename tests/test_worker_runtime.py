@@ -140,15 +140,25 @@ def test_a_request_that_cannot_be_decoded_is_answered_and_the_loop_goes_on() -> 
 def test_requests_are_counted_and_given_up_ones_too() -> None:
     seen: list[tuple[int, int]] = []
 
-    def give_up(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    def give_up(reply: Any, payload: Any, state: WorkerLoopState) -> None:
         seen.append((state.served, state.dropped))
-        assert not reply.abort.is_set()
+        reply.abort.cancelled = True
         raise CallCancelled
 
     requests = [FakeRequest(codec.encode("give_up", None)) for _ in range(3)]
     run(FakeChannel(requests), give_up=give_up)
     assert seen == [(0, 0), (1, 1), (2, 2)]
     assert [request.outcome for request in requests] == [["end"]] * 3
+
+
+def test_a_handler_that_gives_up_by_itself_tells_its_caller() -> None:
+    def give_up(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        assert not reply.abort.is_set()
+        raise CallCancelled
+
+    request = FakeRequest(codec.encode("give_up", None))
+    run(FakeChannel([request]), give_up=give_up)
+    assert request.outcome == ["CallCancelled"]
 
 
 def test_an_unexpected_control_message_is_logged_and_dropped(tmp_path: Path) -> None:
@@ -182,7 +192,6 @@ def test_a_worker_told_to_end_before_it_was_told_what_to_be() -> None:
     arguments = WorkerArguments(fds=fds, host_pid=os.getpid(), frame_limit=4096, wait="park")
     process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log)
     channel.watch(process.pid)
-    question = channel.shutdown()
-    assert question.next(30).kind == "ack"
+    channel.close()
     assert process.reap(30) == "exit code 0"
     log.close()

@@ -76,7 +76,7 @@ class Event:
     """The next thing that happened to a call."""
 
     @property
-    def kind(self) -> Literal["data", "end", "error", "pong", "ack"]:
+    def kind(self) -> Literal["data", "end", "error", "pong"]:
         """One item of the answer, or how the call ended."""
 
     @property
@@ -180,9 +180,6 @@ class HostChannel:
     def ping(self, notifier: LoopNotifier | None = None) -> Call:
         """Ask the worker's heartbeat how far it is; the answer is a ``"pong"``."""
 
-    def shutdown(self, notifier: LoopNotifier | None = None) -> Call:
-        """Ask the worker to end; the answer is an ``"ack"``."""
-
     def look(self, notifier: LoopNotifier) -> bool:
         """Hand out what has arrived, without waiting; False once the channel has ended.
 
@@ -193,7 +190,7 @@ class HostChannel:
         """Cancel the call with this id, as its `Call.cancel` does."""
 
     def close(self) -> None:
-        """End the channel here: every call in flight fails with `PoolClosed`."""
+        """Fail every call in flight with `PoolClosed`, and ask the worker to end."""
 
     @property
     def ended(self) -> bool:

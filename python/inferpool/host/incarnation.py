@@ -198,9 +198,6 @@ class Incarnation:
 
     def ask_to_end(self) -> None:
         """Tell the worker to end, and fail the calls in flight with `PoolClosed`. Never waits."""
-        # A worker that can't be told is killed by `end`.
-        with contextlib.suppress(InferpoolError, OSError):
-            self.channel.shutdown()
         self.channel.close()
 
     def end(self, timeout: float = 0.0) -> None:

@@ -86,8 +86,11 @@ class Supervisor:
 
     def end(self, timeout: float) -> None:
         """After `ask_to_end`: make sure that the worker has ended within `timeout` seconds."""
-        if self._incarnation is not None:
-            self._incarnation.end(timeout)
+        current = self._incarnation
+        if current is not None:
+            current.end(timeout)
+            # Its memory and descriptors go, even if the closed pool is kept.
+            self._incarnation = None
 
     def status(self) -> RoleStatus:
         """See `RoleStatus`."""

@@ -157,9 +157,13 @@ def _serve(
                 raise ValueError(f"unknown kind {kind!r}; known: {sorted(kind_handlers)}")
             handler(Reply(request), payload, state)
         request.end()
-    except (CallCancelled, PoolClosed):
+    except (CallCancelled, PoolClosed) as error:
         state.dropped += 1
-        _end_quietly(request)
+        # A handler may also give up by itself, which its caller must learn.
+        if request.abort.cancelled:
+            _end_quietly(request)
+        else:
+            report_failure(request, error)
     except BaseException as error:  # noqa: BLE001  # SystemExit too: the loop goes on
         _log.warning("call %d failed", request.call, exc_info=True)
         report_failure(request, error)

@@ -129,8 +129,7 @@ impl PyEvent {
         Ok(match event {
             Event::Data(frame) => Self::with_parts(py, "data", frame)?,
             Event::Done(Outcome::Failed(frame)) => Self::with_parts(py, "error", frame)?,
-            Event::Done(Outcome::Ended) => plain("end"),
-            Event::Done(Outcome::Acknowledged) => plain("ack"),
+            Event::Done(Outcome::Ended | Outcome::Acknowledged) => plain("end"),
             Event::Done(Outcome::Pong(progress)) => {
                 let progress = Py::new(py, PyProgress::from(progress))?;
                 Self {

@@ -82,12 +82,19 @@ impl PyHostChannel {
 
     #[pyo3(signature = (notifier=None))]
     fn ping(&self, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
-        self.ask(Control::Ping, notifier)
-    }
-
-    #[pyo3(signature = (notifier=None))]
-    fn shutdown(&self, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
-        self.ask(Control::Shutdown, notifier)
+        let notifier = notifier.map(|notifier| Arc::clone(&notifier.0));
+        let asked = self.0.ask(Control::Ping, notifier.as_ref());
+        let state = CallState {
+            unsent: None,
+            id: Some(asked.map_err(Raised::from)?),
+            finished: false,
+        };
+        Ok(PyCall {
+            host: Arc::clone(&self.0),
+            notifier,
+            state: Mutex::new(state),
+            busy: false.into(),
+        })
     }
 
     fn look(&self, py: Python<'_>, notifier: &PyLoopNotifier) -> PyResult<bool> {
@@ -132,28 +139,6 @@ impl PyHostChannel {
         dict.set_item("rings", counters.rings)?;
         dict.set_item("dropped_late", counters.dropped_late)?;
         Ok(dict)
-    }
-}
-
-impl PyHostChannel {
-    fn ask(&self, question: Control, notifier: Option<&PyLoopNotifier>) -> PyResult<PyCall> {
-        let notifier = notifier.map(|notifier| Arc::clone(&notifier.0));
-        let id = self
-            .0
-            .ask(question, notifier.as_ref())
-            .map_err(Raised::from)?;
-        let state = CallState {
-            unsent: None,
-            id: Some(id),
-            finished: false,
-        };
-        let host = Arc::clone(&self.0);
-        Ok(PyCall {
-            host,
-            notifier,
-            state: Mutex::new(state),
-            busy: false.into(),
-        })
     }
 }
 

@@ -460,10 +460,14 @@ impl Host {
         }
     }
 
-    /// Ends the channel on this side. Calls without an outcome are lost.
+    /// Ends the channel on this side and asks the worker to end. Calls without an outcome are lost,
+    /// before the worker hears of it and could answer something else.
     pub fn close(&self) {
         if std::process::id() == self.owner {
             lock(&self.calls).finish(End::Closed);
+            // Nobody reads the answer, and a worker that can't be told is for its owner to end.
+            let question = Control::Shutdown.to_wire(0);
+            let _ = platform::send_datagram(self.control.as_fd(), &question);
         }
     }
 
