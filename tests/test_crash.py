@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def test_the_log_has_what_python_and_native_code_wrote(tmp_path: Path) -> None:
     assert "Fatal Python error: Segmentation fault" in log
     assert "INFO echo: session closed" in log
     assert "Segmentation fault" in caught.value.log_tail
+
+
+def test_a_log_folder_that_goes_away_costs_only_the_log(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    with Pool(echo=echo_role(), log_dir=logs) as pool:
+        pool.call("echo", "echo")
+        shutil.rmtree(logs)
+        with pytest.raises(WorkerCrashed, match="no log"):
+            pool.call("echo", "die", {"words": "", "signal": "SIGKILL"})
+        assert pool.call("echo", "echo", 1) == 1
+        assert (logs / "worker-echo.log").exists()
+
+
+def test_a_log_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Pool(echo=echo_role(), log_dir=tmp_path / "file") as pool:
+        with pytest.raises(WorkerStartError, match="File exists"):
+            pool.call("echo", "echo")
 
 
 @pytest.mark.parametrize("with_folder", [True, False])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import resource
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -444,3 +447,21 @@ def test_abandoned_streams_give_their_slots_back(pool: Pool) -> None:
         assert next(pool.stream("echo", "count", None)) == 0
     assert pool.call("echo", "echo", 1) == 1
     assert pool.status()["echo"].in_flight == 0
+
+
+def test_memory_stays_flat_over_many_calls(pool: Pool) -> None:
+    def resident_kib(pid: int) -> int:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize() // 1024
+
+    def many() -> None:
+        for _ in range(20_000):
+            pool.call("echo", "echo", (b"x" * 3000, [1, "two"]))
+
+    many()
+    worker = pool.call("echo", "facts")["pid"]
+    before = [resident_kib(os.getpid()), resident_kib(worker)]
+    many()
+    after = [resident_kib(os.getpid()), resident_kib(worker)]
+    growth = [now - then for now, then in zip(after, before, strict=True)]
+    assert max(growth) < 256, growth  # 13 bytes a call

@@ -43,8 +43,9 @@ class RoleLogFile:
         try:
             if self.path is not None:
                 # The worker may have rotated the file since it was opened here.
-                os.close(self._fd)
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                current = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                os.dup2(current, self._fd, inheritable=False)
+                os.close(current)
             size = os.fstat(self._fd).st_size
             end = os.pread(self._fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         except OSError as error:

@@ -75,10 +75,11 @@ pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Vec<Py<PyAny>>> {
     }
     if ranges.len() > 0 {
         let whole = PyMemoryView::from(Bound::new(py, PyBody(frame.body))?.as_any())?;
+        // Not `PySlice::new`, which leaks its bounds in PyO3 0.30.
+        let slice = py.get_type::<PySlice>();
         for range in ranges {
-            // A body is at most isize::MAX bytes, as every allocation is.
-            let slice = PySlice::new(py, range.start as isize, range.end as isize, 1);
-            parts.push(whole.get_item(slice)?.unbind());
+            let bounds = slice.call1((range.start, range.end))?;
+            parts.push(whole.get_item(bounds)?.unbind());
         }
     }
     Ok(parts)
