@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from inferpool.errors import CallCancelled
@@ -112,6 +113,22 @@ def die(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     time.sleep(30)
 
 
+def scribble(reply: Reply, payload: str, state: WorkerLoopState) -> None:
+    """Do what a worker that was taken over might: write into the shared segment.
+
+    Where things are: docs/transport.md, "The segment".
+    """
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    segment = next(line for line in maps if "memfd:inferpool " in line)
+    start = int(segment.partition("-")[0], 16)
+    tail = ctypes.c_uint64.from_address(start + 4608)
+    record = start + 24576 + (4 << 20) + tail.value % (4 << 20)
+    ctypes.memset(record, 0xFF if payload == "ones" else 0, 64)
+    steps = {"far ahead": 1 << 40, "misaligned": 1, "backwards": -32}
+    tail.value += steps.get(payload, 64)
+    time.sleep(60)
+
+
 def exit_now(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     os._exit(payload)
 
@@ -151,6 +168,7 @@ HANDLERS: dict[str, KindHandler] = {
     "raise": raise_,
     "unencodable": unencodable,
     "die": die,
+    "scribble": scribble,
     "exit": exit_now,
     "facts": facts,
     "chatter": chatter,

@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 from conftest import descriptors, echo_role, eventually, is_running
 
-from inferpool import ModelNotFound, Pool, Role, WorkerCrashed, WorkerStartError
+from inferpool import (
+    ModelNotFound,
+    Pool,
+    ProtocolError,
+    Role,
+    WorkerCrashed,
+    WorkerStartError,
+)
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
@@ -197,6 +204,30 @@ def test_a_log_does_not_grow_without_bound(tmp_path: Path, with_folder: bool) ->
     if with_folder:
         files = sorted(path.name for path in tmp_path.iterdir())
         assert files == ["worker-echo.log", *(f"worker-echo.log.{n}" for n in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("how", ["far ahead", "misaligned", "backwards", "zeros", "ones"])
+def test_a_worker_that_scribbles_is_killed_and_replaced(how: str) -> None:
+    with Pool(bad=echo_role(), good=echo_role()) as pool:
+        pool.start()
+        good = pool.stream("good", "count", 10_000)
+        pid = pool.status()["bad"].pid
+        assert pid is not None
+        bad = pool.stream("bad", "scribble", how)
+
+        def refused() -> bool:
+            try:
+                pool.ping("bad")  # whoever waits looks at the ring
+            except ProtocolError:
+                return True
+            return False
+
+        assert eventually(refused)
+        with pytest.raises(ProtocolError):
+            next(bad)
+        assert not is_running(pid)
+        assert pool.call("bad", "echo", 1) == 1
+        assert list(good) == list(range(10_000))
 
 
 def test_nothing_a_worker_prints_reaches_the_terminal() -> None:
