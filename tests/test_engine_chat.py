@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import Llama
 
+from inferpool.engine.backend import lib, model_params
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
 from inferpool.engine.template import ChatTemplate
@@ -55,12 +56,16 @@ def engine(model: Model) -> Iterator[ChatEngine]:
 
 @pytest.fixture(scope="session")
 def reference() -> Iterator[Llama]:
-    llama = Llama(
-        str(resolve("smollm2")),
-        **SETTINGS,
-        n_threads_batch=SETTINGS["n_threads"],
-        verbose=False,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # The reference must get past what is broken in the library too.
+        params = model_params()
+        patch.setattr(lib, "llama_model_default_params", lambda: params)
+        llama = Llama(
+            str(resolve("smollm2")),
+            **SETTINGS,
+            n_threads_batch=SETTINGS["n_threads"],
+            verbose=False,
+        )
     yield llama
     llama.close()
 
@@ -361,6 +366,7 @@ def test_a_context_that_memory_does_not_hold_is_a_load_error() -> None:
     # In a process of its own, because the limit would stay.
     code = """
 import resource
+from inferpool.engine.backend import lib, model_params
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
 from inferpool.models import resolve

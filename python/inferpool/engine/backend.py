@@ -23,7 +23,7 @@ except (AttributeError, OSError, RuntimeError) as error:
         "hint: reinstall llama-cpp-python, and unset LLAMA_CPP_LIB_PATH"
     ) from error
 
-__all__ = ["init_backend", "lib", "native_errors"]
+__all__ = ["init_backend", "lib", "model_params", "native_errors"]
 
 # What the engine calls, with the number of arguments it passes: ctypes lets surplus
 # arguments through to C, so a changed signature would otherwise go unnoticed.
@@ -48,6 +48,7 @@ _REQUIRED = {
     "llama_model_n_embd_out": 1,
     "llama_n_batch": 1,
     "llama_pooling_type": 1,
+    "llama_print_system_info": 0,
     "llama_sampler_accept": 2,
     "llama_sampler_chain_add": 2,
     "llama_sampler_chain_default_params": 0,
@@ -134,6 +135,17 @@ def init_backend() -> None:
         )
     lib.llama_log_set(_native_bridge, ctypes.c_void_p(0))
     lib.llama_backend_init()
+
+
+def model_params() -> lib.llama_model_params:
+    """Default parameters of a model, but for what is broken in the installed library."""
+    params: lib.llama_model_params = lib.llama_model_default_params()
+    # With GCC 12 at least, half of the tile configuration that ggml's AMX kernels load is
+    # optimised away, and the first matrix product of a quantised model is a SIGSEGV
+    # (https://github.com/ggml-org/llama.cpp/pull/26954). Weights that are not repacked for AMX
+    # keep to the AVX-512 kernels.
+    params.use_extra_bufts = b"AMX_INT8 = 1" not in lib.llama_print_system_info()
+    return params
 
 
 def missing_symbols(bindings: Any) -> list[str]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from inferpool.config import MAX_CONTEXT_LENGTH
 from inferpool.engine.abort import AbortToken
-from inferpool.engine.backend import init_backend, lib, native_errors
+from inferpool.engine.backend import init_backend, lib, model_params, native_errors
 from inferpool.errors import CallCancelled, ModelLoadError
 
 __all__ = ["Model"]
@@ -161,7 +161,7 @@ class Model:
 def _load(path: Path, n_gpu_layers: int, abort: AbortToken | None) -> lib.llama_model_p:
     if abort is not None and abort.is_set():
         raise CallCancelled(f"loading {path.name} was cancelled")
-    params = lib.llama_model_default_params()
+    params = model_params()
     params.n_gpu_layers = n_gpu_layers
     if abort is not None:
         keep_going = lib.llama_progress_callback(lambda _progress, _data: not abort.is_set())
