@@ -49,7 +49,7 @@ impl PyHostChannel {
         Ok(Self(host.map_err(Raised::from)?))
     }
 
-    fn worker_fds(&self) -> PyResult<[i32; 5]> {
+    fn worker_fds(&self) -> PyResult<[i32; 4]> {
         let fds = self.0.with_inheritance(|fds| fds.map(|fd| fd.as_raw_fd()));
         Ok(fds.map_err(Raised::from)?)
     }
@@ -131,13 +131,10 @@ impl PyHostChannel {
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let counters = self.0.counters();
         let dict = PyDict::new(py);
-        dict.set_item("frames_sent", counters.frames_sent)?;
-        dict.set_item("frames_received", counters.frames_received)?;
-        dict.set_item("parks", counters.parks)?;
-        dict.set_item("rings", counters.rings)?;
-        dict.set_item("dropped_late", counters.dropped_late)?;
+        for (name, count) in self.0.counters().named() {
+            dict.set_item(name, count)?;
+        }
         Ok(dict)
     }
 }

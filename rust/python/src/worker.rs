@@ -21,19 +21,18 @@ pub struct PyWorkerChannel(Arc<Worker>);
 impl PyWorkerChannel {
     #[new]
     #[pyo3(signature = (fds, *, host_pid, frame_limit, wait))]
-    fn new(fds: [i32; 5], host_pid: i32, frame_limit: usize, wait: &str) -> PyResult<Self> {
+    fn new(fds: [i32; 4], host_pid: i32, frame_limit: usize, wait: &str) -> PyResult<Self> {
         let settings = settings(frame_limit, wait)?;
         if fds.iter().any(|&fd| fd < 0) {
             return Err(PyValueError::new_err("descriptors must not be negative"));
         }
         // SAFETY: the caller hands over descriptors that the process inherited for this purpose.
-        let [segment, control, host_bell, request_bell, space_bell] =
+        let [segment, control, bell, space_bell] =
             fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
         let inherited = Inherited {
             segment,
             control,
-            host_bell,
-            request_bell,
+            bell,
             space_bell,
         };
         Ok(Self(

@@ -4,7 +4,7 @@
 //! worker has finished with the call; the call's slot stays taken until the worker has, so that a
 //! slot never speaks of two calls at once, and what arrives late is recognised and dropped.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use crate::assemble::Frame;
@@ -62,10 +62,26 @@ pub enum Event {
     Done(Outcome),
 }
 
+/// Credit is published when so much of it has come together, which is never more than the worker
+/// can do without: it stops a whole window behind.
+const CREDIT_STEP: u64 = WINDOW / 4;
+/// Questions on the control plane that may be without an answer.
+const MAX_QUESTIONS: usize = 1024;
+
+/// What of the worker's still belongs to a call.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// A slot, from opening until the worker's last frame.
+    Slot(u32),
+    /// An answer on the control plane, which comes once.
+    Answer,
+    #[default]
+    Nothing,
+}
+
 #[derive(Default)]
 struct Call {
-    /// Held from opening until the worker's last frame; control questions have none.
-    slot: Option<u32>,
+    held: Held,
     /// Whether the request is out; before, the worker can't know the call.
     sent: bool,
     frames: VecDeque<Frame>,
@@ -74,6 +90,8 @@ struct Call {
     abandoned: bool,
     received: u64,
     consumed: u64,
+    /// How much of `consumed` the worker was told.
+    published: u64,
     next_sequence: u32,
     waiter: Option<Arc<Notifier>>,
 }
@@ -82,6 +100,36 @@ impl Call {
     /// Whether there is an outcome, or was one before somebody took it.
     fn is_decided(&self) -> bool {
         self.outcome.is_some() || self.abandoned
+    }
+
+    fn has_news(&self) -> bool {
+        !self.frames.is_empty() || self.is_decided()
+    }
+
+    fn slot(&self) -> Option<u32> {
+        match self.held {
+            Held::Slot(slot) => Some(slot),
+            Held::Answer | Held::Nothing => None,
+        }
+    }
+
+    fn release_slot(&mut self) -> Option<u32> {
+        let slot = self.slot();
+        if slot.is_some() {
+            self.held = Held::Nothing;
+        }
+        slot
+    }
+
+    /// Notes that a frame was taken; says what to tell the worker of that, if it is time to.
+    fn consume(&mut self, frame: &Frame) -> Option<SlotUpdate> {
+        self.consumed += flow::cost(frame.body.len());
+        if self.consumed - self.published < CREDIT_STEP {
+            return None;
+        }
+        self.published = self.consumed;
+        let bytes = self.consumed;
+        self.slot().map(|slot| SlotUpdate::Consumed { slot, bytes })
     }
 
     fn notify(&self, id: u64, me: Option<&Arc<Notifier>>) {
@@ -102,7 +150,10 @@ pub enum SlotUpdate {
 
 /// See the module's text.
 pub struct Calls {
-    table: HashMap<u64, Call>,
+    table: BTreeMap<u64, Call>,
+    /// Calls in the table that have a waiter.
+    waited_for: usize,
+    questions: usize,
     next_id: u64,
     free_slots: Vec<u32>,
     end: Option<End>,
@@ -116,7 +167,9 @@ pub struct Calls {
 impl Calls {
     pub fn new() -> Self {
         Self {
-            table: HashMap::new(),
+            table: BTreeMap::new(),
+            waited_for: 0,
+            questions: 0,
             // A slot whose word for the cancelled call is zero names no call.
             next_id: 1,
             free_slots: (0..SLOTS).rev().collect(),
@@ -133,7 +186,7 @@ impl Calls {
 
     /// Calls that have no outcome yet; questions on the control plane are none.
     pub fn undecided(&self) -> Vec<u64> {
-        let undecided = |call: &Call| call.slot.is_some() && !call.is_decided();
+        let undecided = |call: &Call| call.slot().is_some() && !call.is_decided();
         self.table
             .iter()
             .filter(|(_, call)| undecided(call))
@@ -148,7 +201,7 @@ impl Calls {
             return Ok(None);
         };
         let id = self.insert(Call {
-            slot: Some(slot),
+            held: Held::Slot(slot),
             ..Call::default()
         });
         Ok(Some((id, slot)))
@@ -157,10 +210,32 @@ impl Calls {
     /// Opens a question on the control plane; its id is the nonce.
     pub fn open_control(&mut self) -> Result<u64> {
         self.check_open()?;
+        if self.questions >= MAX_QUESTIONS {
+            return Err(Error::QueueFull);
+        }
+        self.questions += 1;
         Ok(self.insert(Call {
+            held: Held::Answer,
             sent: true,
             ..Call::default()
         }))
+    }
+
+    /// Takes back a question that could not be sent.
+    pub fn withdraw_question(&mut self, nonce: u64) {
+        self.settle_question(nonce);
+        self.abandon(nonce);
+    }
+
+    /// Whether this nonce's answer was still to come.
+    fn settle_question(&mut self, nonce: u64) -> bool {
+        let question = |call: &&mut Call| call.held == Held::Answer;
+        let Some(call) = self.table.get_mut(&nonce).filter(question) else {
+            return false;
+        };
+        call.held = Held::Nothing;
+        self.questions -= 1;
+        true
     }
 
     pub fn has_free_slot(&self) -> bool {
@@ -193,8 +268,20 @@ impl Calls {
     /// Says who is to be told when something happens to the call.
     pub fn set_waiter(&mut self, id: u64, waiter: Option<&Arc<Notifier>>) {
         if let Some(call) = self.table.get_mut(&id) {
+            self.waited_for -= usize::from(call.waiter.is_some());
+            self.waited_for += usize::from(waiter.is_some());
             call.waiter = waiter.cloned();
         }
+    }
+
+    /// Who is told; `None` when there is no such call any more.
+    pub fn waiter(&self, id: u64) -> Option<Arc<Notifier>> {
+        self.table.get(&id)?.waiter.clone()
+    }
+
+    /// Whether [`Self::take`] has something.
+    pub fn has_news(&self, id: u64) -> bool {
+        self.table.get(&id).is_none_or(Call::has_news)
     }
 
     fn other_waiters<'a>(
@@ -209,6 +296,9 @@ impl Calls {
 
     /// Whether anybody but `me` waits on this channel.
     pub fn has_other_waiter(&self, me: &Arc<Notifier>) -> bool {
+        if self.waited_for == 0 && self.space_waiters.is_empty() {
+            return false;
+        }
         self.other_waiters(me).next().is_some()
     }
 
@@ -240,7 +330,7 @@ impl Calls {
             return Err(Violation::Kind);
         }
         let call = self.table.get(&header.call).ok_or(Violation::UnknownCall)?;
-        if call.slot != Some(header.slot) || !call.sent {
+        if call.slot() != Some(header.slot) || !call.sent {
             return Err(Violation::UnknownCall);
         }
         if header.sequence != call.next_sequence {
@@ -267,10 +357,12 @@ impl Calls {
             self.dropped_late += 1;
         }
         match header.kind {
-            Kind::Data if late => {}
             Kind::Data => {
+                // Late ones too: a worker can't send without end because nobody takes it.
                 call.received += flow::cost(frame.body.len());
-                call.frames.push_back(frame);
+                if !late {
+                    call.frames.push_back(frame);
+                }
             }
             kind => {
                 if !late {
@@ -281,7 +373,7 @@ impl Calls {
                         Outcome::Ended
                     });
                 }
-                self.free_slots.extend(call.slot.take());
+                self.free_slots.extend(call.release_slot());
             }
         }
         if !late {
@@ -294,25 +386,23 @@ impl Calls {
         Ok(())
     }
 
-    /// Takes an answer from the control plane. One to a question given up long ago is dropped.
+    /// Takes an answer from the control plane. One to a question given up meanwhile is dropped.
     pub fn answer(
         &mut self,
         id: u64,
         outcome: Outcome,
         me: &Arc<Notifier>,
     ) -> Result<(), Violation> {
-        if id >= self.next_id {
+        if !self.settle_question(id) {
             return Err(Violation::Control);
         }
-        if let Some(call) = self.table.get_mut(&id) {
-            if call.slot.is_some() {
-                return Err(Violation::Control);
-            }
-            if call.outcome.is_none() {
-                call.outcome = Some(outcome);
-                call.notify(id, Some(me));
-            }
+        if let Some(call) = self.table.get_mut(&id)
+            && !call.is_decided()
+        {
+            call.outcome = Some(outcome);
+            call.notify(id, Some(me));
         }
+        self.forget_if_over(id);
         Ok(())
     }
 
@@ -324,9 +414,7 @@ impl Calls {
             return Some((Event::Done(Outcome::Cancelled), None));
         };
         if let Some(frame) = call.frames.pop_front() {
-            call.consumed += flow::cost(frame.body.len());
-            let bytes = call.consumed;
-            let update = call.slot.map(|slot| SlotUpdate::Consumed { slot, bytes });
+            let update = call.consume(&frame);
             return Some((Event::Data(frame), update));
         }
         let outcome = call.outcome.take()?;
@@ -334,6 +422,26 @@ impl Calls {
         call.abandoned = true;
         self.forget_if_over(id);
         Some((Event::Done(outcome), None))
+    }
+
+    /// Takes up to `limit` frames that `wanted` accepts, in order, from those that have arrived.
+    pub fn take_frames(
+        &mut self,
+        id: u64,
+        limit: usize,
+        wanted: impl Fn(&Frame) -> bool,
+    ) -> (Vec<Frame>, Option<SlotUpdate>) {
+        let mut frames = Vec::new();
+        let mut update = None;
+        let Some(call) = self.table.get_mut(&id) else {
+            return (frames, update);
+        };
+        while frames.len() < limit && call.frames.front().is_some_and(&wanted) {
+            let Some(frame) = call.frames.pop_front() else { break };
+            update = call.consume(&frame).or(update);
+            frames.push(frame);
+        }
+        (frames, update)
     }
 
     /// Decides the call's outcome as cancelled, unless it has one.
@@ -346,11 +454,11 @@ impl Calls {
         call.outcome = Some(Outcome::Cancelled);
         call.notify(id, None);
         if !call.sent {
-            self.free_slots.extend(call.slot.take());
+            self.free_slots.extend(call.release_slot());
             self.notify_space_waiters();
             return None;
         }
-        call.slot
+        call.slot()
             .map(|slot| SlotUpdate::Cancelled { slot, call: id })
     }
 
@@ -360,8 +468,8 @@ impl Calls {
         if let Some(call) = self.table.get_mut(&id) {
             call.frames.clear();
             call.abandoned = true;
-            call.waiter = None;
         }
+        self.set_waiter(id, None);
         self.forget_if_over(id);
         update
     }
@@ -373,13 +481,15 @@ impl Calls {
         }
         self.end = Some(end);
         for (&id, call) in &mut self.table {
-            call.slot = None;
+            call.held = Held::Nothing;
             if !call.is_decided() {
                 call.outcome = Some(Outcome::Lost(end));
                 call.notify(id, None);
             }
         }
+        self.questions = 0;
         self.table.retain(|_, call| !call.abandoned);
+        self.waited_for = self.table.values().filter(|call| call.waiter.is_some()).count();
         self.notify_space_waiters();
     }
 
@@ -391,11 +501,9 @@ impl Calls {
     }
 
     fn forget_if_over(&mut self, id: u64) {
-        if self
-            .table
-            .get(&id)
-            .is_some_and(|call| call.abandoned && call.slot.is_none())
-        {
+        let over = |call: &Call| call.abandoned && call.held == Held::Nothing;
+        if self.table.get(&id).is_some_and(over) {
+            self.set_waiter(id, None);
             self.table.remove(&id);
         }
     }

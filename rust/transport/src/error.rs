@@ -32,9 +32,12 @@ pub enum Violation {
     /// The part table of a frame's body is inconsistent.
     #[error("malformed frame body")]
     Body,
-    /// A control message of the wrong size or kind.
-    #[error("malformed control message")]
+    /// A control message of the wrong size or kind, or an answer to no question.
+    #[error("unexpected control message")]
     Control,
+    /// The doorbell was rung more often than this side announced a sleep.
+    #[error("doorbell rung without cause")]
+    Doorbell,
     /// The segment has another size or format version than this build expects.
     #[error("segment format mismatch")]
     Segment,

@@ -3,17 +3,15 @@
 //! It never touches Python, so a handler that holds the GIL does not delay it. It sleeps until
 //! the host asks something or dies; an idle worker's heartbeat uses no CPU.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-
-use rustix::io::Errno;
 
 use crate::abort::Vitals;
 use crate::control::{Control, Progress, SIZE};
 use crate::error::{Error, Result};
-use crate::platform::{self, Datagram, Doorbell, SignalGate};
+use crate::platform::{self, Bell, ControlSocket, Datagram, Death, SignalGate};
 use crate::sync::Ordering;
+use crate::worker::Wakers;
 
 /// Exit status of a worker whose host died. Nobody is left to see it but a process listing.
 const HOST_DIED: i32 = 113;
@@ -23,37 +21,37 @@ const STACK: usize = 64 * 1024;
 #[derive(Debug)]
 pub(crate) struct Heartbeat {
     thread: JoinHandle<()>,
-    stop: Arc<Doorbell>,
+    stop: Arc<Bell>,
 }
 
 struct Beat {
-    control: Arc<OwnedFd>,
-    host: OwnedFd,
-    stop: Arc<Doorbell>,
+    control: Arc<ControlSocket>,
+    host: Death,
+    stop: Arc<Bell>,
     vitals: Arc<Vitals>,
-    bells: Vec<Arc<Doorbell>>,
+    wakers: Arc<Wakers>,
 }
 
 impl Heartbeat {
-    /// Starts the thread. `bells` are rung on shutdown.
+    /// Starts the thread.
     pub(crate) fn start(
-        control: Arc<OwnedFd>,
+        control: Arc<ControlSocket>,
         host_pid: i32,
         vitals: Arc<Vitals>,
-        bells: Vec<Arc<Doorbell>>,
+        wakers: Arc<Wakers>,
     ) -> Result<Self> {
-        let host = platform::watch_process(host_pid)?;
+        let host = platform::watch_process(host_pid, &control)?;
         // The descriptor may name a stranger if the host died first and its id was reused.
         if !platform::is_parent(host_pid) {
             return Err(Error::PeerDied);
         }
-        let stop = Arc::new(Doorbell::new()?);
+        let stop = Arc::new(Bell::new()?);
         let beat = Beat {
             control,
             host,
             stop: Arc::clone(&stop),
             vitals,
-            bells,
+            wakers,
         };
         // The new thread inherits the mask: signals are for the main thread.
         let gate = SignalGate::close();
@@ -75,9 +73,9 @@ impl Heartbeat {
 impl Beat {
     fn run(self) {
         let fds = [
-            Some(self.control.as_fd()),
-            Some(self.host.as_fd()),
-            Some(self.stop.as_fd()),
+            Some(self.control.source()),
+            Some(self.host.source()),
+            Some(self.stop.source()),
         ];
         loop {
             match platform::wait(fds, None, None) {
@@ -93,7 +91,7 @@ impl Beat {
     fn serve(&self) {
         let mut buffer = [0; SIZE];
         loop {
-            match platform::receive_datagram(self.control.as_fd(), &mut buffer) {
+            match self.control.receive(&mut buffer) {
                 Ok(Datagram::Received(length)) => self.answer(buffer.get(..length)),
                 Ok(Datagram::Nothing) => return,
                 Ok(Datagram::Closed) | Err(_) => platform::exit_now(HOST_DIED),
@@ -107,10 +105,7 @@ impl Beat {
         let (answer, nonce) = match message {
             Some(Ok((Control::Ping, nonce))) => (Control::Pong(self.progress()), nonce),
             Some(Ok((Control::Shutdown, nonce))) => {
-                self.vitals.shutdown.store(true, Ordering::Relaxed);
-                for bell in &self.bells {
-                    bell.ring();
-                }
+                self.wakers.shut_down(&self.vitals);
                 (Control::Ack, nonce)
             }
             _ => {
@@ -118,15 +113,13 @@ impl Beat {
                     .unexpected_control
                     .fetch_add(1, Ordering::Relaxed);
                 // The dispatch loop logs it.
-                if let Some(bell) = self.bells.first() {
-                    bell.ring();
-                }
+                self.wakers.inbox.ring();
                 return;
             }
         };
-        match platform::send_datagram(self.control.as_fd(), &answer.to_wire(nonce)) {
+        match self.control.send(&answer.to_wire(nonce)) {
             // A host that asks and never reads loses answers, nothing else.
-            Ok(()) | Err(Errno::AGAIN) => {}
+            Ok(()) | Err(Error::QueueFull) => {}
             Err(_) => platform::exit_now(HOST_DIED),
         }
     }

@@ -5,84 +5,78 @@
 //! their own. A leader that leaves wakes one of them, who leads on. An event loop never leads: it
 //! watches the descriptors and looks at the ring when one of them is readable.
 
+mod counters;
 mod lead;
+#[cfg(not(loom))]
+mod open;
 mod send;
 
+pub use counters::Counters;
 pub use send::Outgoing;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use crate::assemble::Assembler;
+use crate::assemble::{Assembler, Frame};
 use crate::calls::{Calls, End, Event, SlotUpdate};
 use crate::control::Control;
 use crate::error::{Error, Result, Violation};
 use crate::notify::Notifier;
-use crate::platform::{self, Doorbell};
+use crate::platform::{self, ControlSocket, Death, Doorbell};
 use crate::ring::{Consumer, Producer, nudge};
 use crate::segment::{RingMemory, Segment};
 use crate::spin::{HOST_PATIENCE, Spinner};
-use crate::sync::{AtomicU64, Ordering};
-use crate::worker::Inherited;
+use crate::sync::{Mutex, Ordering};
 use crate::{Patience, Settings, lock};
+use counters::Tally;
 
-/// Counts of what the channel did.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Counters {
-    /// Requests sent.
-    pub frames_sent: u64,
-    /// Frames received.
-    pub frames_received: u64,
-    /// Sleeps of a leader.
-    pub parks: u64,
-    /// Doorbells rung for the worker.
-    pub rings: u64,
-    /// Frames that arrived for calls given up before, and were dropped.
-    pub dropped_late: u64,
-}
-
-#[derive(Debug, Default)]
-struct Tally {
-    frames_sent: AtomicU64,
-    frames_received: AtomicU64,
-    parks: AtomicU64,
-    rings: AtomicU64,
-}
+/// A worker that sent something this recently is taken to be alive.
+const FRESH: std::time::Duration = std::time::Duration::from_millis(1);
 
 struct Reader {
     ring: Consumer<RingMemory>,
     assembler: Assembler,
     spinner: Spinner,
     control_open: bool,
+    /// Rings of the doorbell so far.
+    rings: u64,
+    /// When the last batch of frames came.
+    heard: Instant,
 }
 
 /// See the module's text. Every method may be called from any thread.
 pub struct Host {
     owner: u32,
     segment: Segment,
+    request_memory: RingMemory,
     reply_memory: RingMemory,
     sender: Mutex<Producer<RingMemory>>,
     reader: Mutex<Reader>,
     calls: Mutex<Calls>,
+    /// Wakes the worker for a request; rung by it for a reply, and for space.
     bell: Doorbell,
-    request_bell: Doorbell,
+    /// Wakes the worker for space, credit and cancellation.
     space_bell: Doorbell,
-    control: OwnedFd,
+    control: ControlSocket,
     /// What the worker is to inherit, until it has.
-    worker_end: Mutex<Option<(OwnedFd, OwnedFd)>>,
-    death: OnceLock<OwnedFd>,
+    #[cfg(not(loom))]
+    worker_ends: Mutex<Option<[std::os::fd::OwnedFd; 4]>>,
+    death: OnceLock<Death>,
     tally: Tally,
     frame_limit: usize,
 }
 
 impl Host {
-    /// Creates a channel with rings of `capacity` bytes and nobody at the other end yet.
-    pub fn create(capacity: usize, settings: Settings) -> Result<Arc<Self>> {
-        let (segment, file) = Segment::create(capacity)?;
-        let (control, worker_control) = platform::control_pair()?;
-        Ok(Arc::new(Self {
-            owner: std::process::id(),
+    pub(crate) fn assemble(
+        segment: Segment,
+        control: ControlSocket,
+        bell: Doorbell,
+        space_bell: Doorbell,
+        settings: Settings,
+    ) -> Self {
+        Self {
+            owner: platform::fork_depth(),
+            request_memory: segment.requests(),
             reply_memory: segment.replies(),
             sender: Mutex::new(Producer::new(segment.requests())),
             reader: Mutex::new(Reader {
@@ -90,63 +84,20 @@ impl Host {
                 assembler: Assembler::new(settings.frame_limit),
                 spinner: Spinner::new(settings.wait, HOST_PATIENCE),
                 control_open: true,
+                rings: 0,
+                heard: Instant::now(),
             }),
             segment,
             calls: Mutex::new(Calls::new()),
-            bell: Doorbell::new()?,
-            request_bell: Doorbell::new()?,
-            space_bell: Doorbell::new()?,
+            bell,
+            space_bell,
             control,
-            worker_end: Mutex::new(Some((file, worker_control))),
+            #[cfg(not(loom))]
+            worker_ends: Mutex::new(None),
             death: OnceLock::new(),
             tally: Tally::default(),
             frame_limit: settings.frame_limit,
-        }))
-    }
-
-    /// The descriptors for the worker to inherit, in the order of [`Inherited`], until
-    /// [`Self::watch`] closes those that only the worker may keep.
-    pub fn with_inheritance<T>(&self, use_fds: impl FnOnce([BorrowedFd<'_>; 5]) -> T) -> Result<T> {
-        let ends = lock(&self.worker_end);
-        let (file, control) = ends.as_ref().ok_or(Error::Closed)?;
-        Ok(use_fds([
-            file.as_fd(),
-            control.as_fd(),
-            self.bell.as_fd(),
-            self.request_bell.as_fd(),
-            self.space_bell.as_fd(),
-        ]))
-    }
-
-    /// The same descriptors, duplicated, for a worker in this process.
-    pub fn inheritance(&self) -> Result<Inherited> {
-        let [segment, control, host_bell, request_bell, space_bell] =
-            self.with_inheritance(|fds| fds.map(|fd| fd.try_clone_to_owned()))?;
-        Ok(Inherited {
-            segment: segment?,
-            control: control?,
-            host_bell: host_bell?,
-            request_bell: request_bell?,
-            space_bell: space_bell?,
-        })
-    }
-
-    /// Starts watching the process that inherited the other end, whose death ends the channel.
-    pub fn watch(&self, pid: i32) -> Result<()> {
-        self.check_owner()?;
-        let death = platform::watch_process(pid)?;
-        // Only the worker may keep its end open, or its closing would not be seen.
-        lock(&self.worker_end).take();
-        self.death.set(death).map_err(|_| Error::Closed)
-    }
-
-    /// Descriptors for an event loop to watch; when one is readable, call [`Self::look`].
-    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        let fixed = [self.bell.as_fd(), self.control.as_fd()];
-        fixed
-            .into_iter()
-            .chain(self.death.get().map(AsFd::as_fd))
-            .collect()
+        }
     }
 
     /// Asks the heartbeat a question; its answer is the returned call's outcome.
@@ -159,13 +110,9 @@ impl Host {
             calls.set_waiter(nonce, waiter);
             nonce
         };
-        let sent = platform::send_datagram(self.control.as_fd(), &question.to_wire(nonce));
-        if let Err(errno) = sent {
-            lock(&self.calls).abandon(nonce);
-            return Err(match errno {
-                rustix::io::Errno::AGAIN => Error::QueueFull,
-                _ => Error::PeerDied,
-            });
+        if let Err(error) = self.control.send(&question.to_wire(nonce)) {
+            lock(&self.calls).withdraw_question(nonce);
+            return Err(error);
         }
         Ok(nonce)
     }
@@ -174,6 +121,18 @@ impl Host {
     pub fn poll(&self, call: u64) -> Result<Option<Event>> {
         self.check_owner()?;
         Ok(self.take(call))
+    }
+
+    /// Takes up to `limit` frames of the call that `wanted` accepts, in order, from those that
+    /// have arrived. Never waits.
+    pub fn poll_frames(
+        &self,
+        call: u64,
+        limit: usize,
+        wanted: impl Fn(&Frame) -> bool,
+    ) -> Result<Vec<Frame>> {
+        self.check_owner()?;
+        Ok(self.update(|calls| calls.take_frames(call, limit, wanted)))
     }
 
     /// Waits for what happens to the call next.
@@ -188,6 +147,32 @@ impl Host {
         waited
     }
 
+    /// Spins until something happened to the call, as long as that pays; `false` when nothing did.
+    /// For event loops, whose notifier stays the call's waiter.
+    pub fn spin(&self, call: u64) -> Result<bool> {
+        self.check_owner()?;
+        let Some(notifier) = lock(&self.calls).waiter(call) else {
+            return Ok(true);
+        };
+        let Some(mut reader) = self.try_lead() else {
+            return Ok(false);
+        };
+        loop {
+            while self.pump(&mut reader, &notifier) {}
+            if lock(&self.calls).has_news(call) {
+                break;
+            }
+            let Reader { ring, spinner, .. } = &mut *reader;
+            if !spinner.spin(|| ring.is_ready()) {
+                break;
+            }
+            self.tally.spins_won.add_alone(1);
+        }
+        drop(reader);
+        self.hand_over(&notifier);
+        Ok(lock(&self.calls).has_news(call))
+    }
+
     fn take(&self, call: u64) -> Option<Event> {
         self.update(|calls| {
             calls
@@ -199,14 +184,14 @@ impl Host {
     /// Cancels the call: it ends here at once, and the worker is told. Does nothing to a call that
     /// has its outcome.
     pub fn cancel(&self, call: u64) {
-        if std::process::id() == self.owner {
+        if platform::fork_depth() == self.owner {
             self.update(|calls| ((), calls.cancel(call)));
         }
     }
 
     /// Cancels the call and forgets it: nobody will ask for its outcome.
     pub fn abandon(&self, call: u64) {
-        if std::process::id() == self.owner {
+        if platform::fork_depth() == self.owner {
             self.update(|calls| ((), calls.abandon(call)));
         }
     }
@@ -241,11 +226,10 @@ impl Host {
     /// Ends the channel on this side and asks the worker to end. Calls without an outcome are lost,
     /// before the worker hears of it and could answer something else.
     pub fn close(&self) {
-        if std::process::id() == self.owner {
+        if platform::fork_depth() == self.owner {
             lock(&self.calls).finish(End::Closed);
             // Nobody reads the answer, and a worker that can't be told is for its owner to end.
-            let question = Control::Shutdown.to_wire(0);
-            let _ = platform::send_datagram(self.control.as_fd(), &question);
+            let _ = self.control.send(&Control::Shutdown.to_wire(0));
         }
     }
 
@@ -261,7 +245,7 @@ impl Host {
         let Some(death) = self.death.get() else {
             return Ok(true);
         };
-        let [dead] = platform::wait([Some(death.as_fd())], until, None)?;
+        let [dead] = platform::wait([Some(death.source())], until, None)?;
         Ok(dead)
     }
 
@@ -272,17 +256,11 @@ impl Host {
 
     /// Counts so far.
     pub fn counters(&self) -> Counters {
-        Counters {
-            frames_sent: self.tally.frames_sent.load(Ordering::Relaxed),
-            frames_received: self.tally.frames_received.load(Ordering::Relaxed),
-            parks: self.tally.parks.load(Ordering::Relaxed),
-            rings: self.tally.rings.load(Ordering::Relaxed),
-            dropped_late: lock(&self.calls).dropped_late,
-        }
+        self.tally.counters(lock(&self.calls).dropped_late)
     }
 
     fn check_owner(&self) -> Result<()> {
-        if std::process::id() == self.owner {
+        if platform::fork_depth() == self.owner {
             Ok(())
         } else {
             Err(Error::Forked)
@@ -290,7 +268,7 @@ impl Host {
     }
 
     fn ring(&self, bell: &Doorbell) {
-        self.tally.rings.fetch_add(1, Ordering::Relaxed);
+        self.tally.wakes_sent.add(1);
         bell.ring();
     }
 
@@ -299,16 +277,22 @@ impl Host {
         let Some(death) = self.death.get() else {
             return Ok(());
         };
-        let [dead] = platform::wait([Some(death.as_fd())], Some(Instant::now()), None)?;
+        let heard = self.try_lead().map(|reader| reader.heard);
+        if heard.is_none_or(|heard| heard.elapsed() < FRESH) {
+            return Ok(());
+        }
+        let [dead] = platform::wait([Some(death.source())], Some(Instant::now()), None)?;
         if dead { Err(Error::PeerDied) } else { Ok(()) }
     }
 
-    /// Ends the channel because of a violation, unless it has ended: what still arrives then may
-    /// well be for calls that are forgotten.
-    fn violated(&self, violation: Violation) -> Error {
+    /// Ends the channel because of a violation, which whoever has a call here learns from its
+    /// outcome. After the end it means nothing: what still arrives may be for forgotten calls.
+    fn violated(&self, violation: Violation) {
         let mut calls = lock(&self.calls);
-        calls.finish(End::Violated(violation));
-        calls.end().map_or(Error::Protocol(violation), Error::from)
+        if calls.end().is_none() {
+            self.tally.violations.add(1);
+            calls.finish(End::Violated(violation));
+        }
     }
 
     fn finish(&self, end: End) {

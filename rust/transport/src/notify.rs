@@ -1,15 +1,17 @@
 //! Who is told when something happens to a call: a thread that sleeps, or an event loop.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::error::Result;
-use crate::platform::Doorbell;
+use crate::lock;
+use crate::platform::{Bell, Source};
+use crate::sync::Mutex;
 
 /// A doorbell inside this process, and for an event loop the list of what rang it.
 #[derive(Debug)]
 pub struct Notifier {
-    bell: Doorbell,
+    bell: Bell,
     ready: Option<Mutex<Vec<u64>>>,
 }
 
@@ -20,7 +22,7 @@ impl Notifier {
     /// For an event loop, which watches the descriptor and asks what is ready.
     pub fn for_loop() -> Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            bell: Doorbell::new()?,
+            bell: Bell::new()?,
             ready: Some(Mutex::default()),
         }))
     }
@@ -35,7 +37,7 @@ impl Notifier {
                 return Ok(Arc::clone(notifier));
             }
             let notifier = Arc::new(Self {
-                bell: Doorbell::new()?,
+                bell: Bell::new()?,
                 ready: None,
             });
             Ok(Arc::clone(own.get_or_init(|| notifier)))
@@ -46,7 +48,7 @@ impl Notifier {
     pub fn take_ready(&self) -> Vec<u64> {
         self.bell.drain();
         self.ready.as_ref().map_or_else(Vec::new, |ready| {
-            std::mem::take(&mut *ready.lock().unwrap_or_else(PoisonError::into_inner))
+            std::mem::take(&mut *lock(ready))
         })
     }
 
@@ -57,10 +59,7 @@ impl Notifier {
     /// Notes that call `id` has something; `awake` leaves out the ring, for one that tells itself.
     pub(crate) fn notify(&self, id: u64, awake: bool) {
         if let Some(ready) = &self.ready {
-            ready
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(id);
+            lock(ready).push(id);
         }
         if !awake {
             self.bell.ring();
@@ -74,6 +73,10 @@ impl Notifier {
 
     pub(crate) fn drain(&self) {
         self.bell.drain();
+    }
+
+    pub(crate) fn source(&self) -> Source<'_> {
+        self.bell.source()
     }
 }
 

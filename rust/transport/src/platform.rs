@@ -1,29 +1,32 @@
-//! Everything that depends on the operating system, behind one small interface. This is Linux's:
-//! sealed memfd, eventfd, pidfd, ppoll.
+//! Everything that depends on the operating system, behind one small interface.
+//!
+//! Here is what every POSIX system has: mappings, sockets, signal masks. What differs is in one of
+//! two backends: `linux` (sealed memfd, eventfd, pidfd, ppoll), and with the feature `posix` a
+//! portable one (`shm_open`, pipes, `poll`) that runs on Linux too, so that it is tested.
 
-use std::io;
+#[cfg(not(feature = "posix"))]
+#[path = "platform/linux.rs"]
+mod system;
+#[cfg(feature = "posix")]
+#[path = "platform/posix.rs"]
+mod system;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::time::Instant;
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use crate::control::SIZE;
 use crate::error::{Error, Result};
+use crate::sync::{AtomicU32, Ordering};
 
-/// Creates shared memory that has no name and can change neither its size nor its seals.
-pub(crate) fn create_shared_memory(length: usize) -> Result<OwnedFd> {
-    let file = memfd_create("inferpool", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    ftruncate(&file, length as u64)?;
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(file)
-}
+pub(crate) use system::{Bell, Death, create_shared_memory, watch_process};
 
 pub(crate) fn file_size(file: BorrowedFd<'_>) -> Result<usize> {
     usize::try_from(fstat(file)?.st_size).map_err(|_| Error::Os(Errno::FBIG.into()))
@@ -70,33 +73,78 @@ pub(crate) fn map_shared(file: BorrowedFd<'_>, length: usize) -> Result<Mapping>
     Ok(Mapping { start, length })
 }
 
-/// Wakes a sleeper in this or another process.
-#[derive(Debug)]
-pub struct Doorbell(OwnedFd);
+/// Something to wait for: that a descriptor becomes readable or is closed at the other end, or the
+/// latter alone.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Source<'a> {
+    fd: BorrowedFd<'a>,
+    events: libc::c_short,
+}
 
-impl Doorbell {
-    /// A doorbell that nobody has rung.
-    pub fn new() -> Result<Self> {
-        Ok(Self(eventfd(
-            0,
-            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
-        )?))
+impl<'a> Source<'a> {
+    fn readable(fd: BorrowedFd<'a>) -> Self {
+        let events = libc::POLLIN;
+        Self { fd, events }
     }
 
-    /// Takes over an inherited doorbell.
-    pub fn from_fd(fd: OwnedFd) -> Self {
+    /// For a descriptor whose data is somebody else's business.
+    #[cfg_attr(not(feature = "posix"), expect(dead_code))]
+    fn closed(fd: BorrowedFd<'a>) -> Self {
+        Self { fd, events: 0 }
+    }
+}
+
+/// What a look at a doorbell found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rings {
+    /// So many rings were taken; there may be more.
+    Taken(usize),
+    /// The other end is gone.
+    Closed,
+}
+
+/// Wakes the process at the other end, and is rung by it.
+///
+/// A socket, because its calls can be told one by one not to block. A descriptor's own
+/// `O_NONBLOCK` is no help: it belongs to both processes, so a hostile peer can clear it.
+#[derive(Debug)]
+pub(crate) struct Doorbell(OwnedFd);
+
+impl Doorbell {
+    /// Both ends.
+    pub(crate) fn pair() -> Result<(Self, OwnedFd)> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        Ok((Self(ours), theirs))
+    }
+
+    /// Takes over an inherited end.
+    pub(crate) fn from_fd(fd: OwnedFd) -> Self {
         Self(fd)
     }
 
-    /// Makes the descriptor readable until [`Self::drain`].
-    pub fn ring(&self) {
-        // The only failure is a counter at its maximum, and then it is readable already.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    /// Makes the other end readable until [`Self::drain`] is called there.
+    pub(crate) fn ring(&self) {
+        // A full socket is readable already, and that the peer is gone is noticed elsewhere.
+        let _ = send(&self.0, b"!", SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
     }
 
-    /// Takes all rings so far.
-    pub fn drain(&self) {
-        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    /// Takes rings of this end, and says how many those were.
+    pub(crate) fn drain(&self) -> Rings {
+        let mut rings = [0; 64];
+        match recv(&self.0, &mut rings, RecvFlags::DONTWAIT) {
+            Ok((_, 0)) | Err(Errno::CONNRESET | Errno::PIPE) => Rings::Closed,
+            Ok((_, count)) => Rings::Taken(count),
+            Err(_) => Rings::Taken(0),
+        }
+    }
+
+    pub(crate) fn source(&self) -> Source<'_> {
+        Source::readable(self.0.as_fd())
     }
 }
 
@@ -104,22 +152,6 @@ impl AsFd for Doorbell {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-/// The two ends of a control socket. Datagrams keep their borders; closing one end is seen at the
-/// other.
-pub(crate) fn control_pair() -> Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?)
-}
-
-/// Sends one datagram without blocking.
-pub(crate) fn send_datagram(socket: BorrowedFd<'_>, datagram: &[u8]) -> Result<(), Errno> {
-    send(socket, datagram, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)
 }
 
 /// What a look at a control socket found.
@@ -132,25 +164,57 @@ pub(crate) enum Datagram {
     Closed,
 }
 
-/// Takes one datagram without blocking. An empty datagram counts as closing: no honest peer sends
-/// one.
-pub(crate) fn receive_datagram(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Datagram> {
-    loop {
-        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
-            Ok((_, 0)) => return Ok(Datagram::Closed),
-            Ok((_, length)) => return Ok(Datagram::Received(length)),
-            Err(Errno::AGAIN) => return Ok(Datagram::Nothing),
-            Err(Errno::INTR) => {}
-            Err(Errno::CONNRESET | Errno::PIPE) => return Ok(Datagram::Closed),
-            Err(errno) => return Err(errno.into()),
+/// One end of a control socket. Messages keep their borders; closing one end is seen at the other.
+#[derive(Debug)]
+pub(crate) struct ControlSocket(OwnedFd);
+
+impl ControlSocket {
+    /// Both ends.
+    pub(crate) fn pair() -> Result<(Self, OwnedFd)> {
+        let kind = system::CONTROL_SOCKET;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+        Ok((Self(ours), theirs))
+    }
+
+    /// Takes over an inherited end.
+    pub(crate) fn from_fd(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Sends one message without blocking.
+    pub(crate) fn send(&self, message: &[u8; SIZE]) -> Result<()> {
+        match send(&self.0, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(_) => Ok(()),
+            Err(Errno::AGAIN) => Err(Error::QueueFull),
+            Err(_) => Err(Error::PeerDied),
         }
+    }
+
+    /// Takes one message without blocking. An empty one counts as closing: no honest peer sends
+    /// one. Descriptors that come with it are closed by the kernel, as no room is given for them.
+    pub(crate) fn receive(&self, buffer: &mut [u8; SIZE]) -> Result<Datagram> {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+        loop {
+            match recv(&self.0, &mut *buffer, flags & system::CONTROL_FLAGS) {
+                Ok((_, 0)) => return Ok(Datagram::Closed),
+                Ok((_, length)) => return Ok(Datagram::Received(length)),
+                Err(Errno::AGAIN) => return Ok(Datagram::Nothing),
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET | Errno::PIPE) => return Ok(Datagram::Closed),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    pub(crate) fn source(&self) -> Source<'_> {
+        Source::readable(self.0.as_fd())
     }
 }
 
-/// A descriptor that becomes readable when the process ends.
-pub(crate) fn watch_process(pid: i32) -> Result<OwnedFd> {
-    let pid = Pid::from_raw(pid).ok_or(Error::Os(io::Error::from(io::ErrorKind::InvalidInput)))?;
-    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+impl AsFd for ControlSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
 /// Whether this process was started by the process with this id, and that one still lives.
@@ -162,6 +226,21 @@ pub(crate) fn is_parent(pid: i32) -> bool {
 pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: `_exit` takes any status and does not return.
     unsafe { libc::_exit(status) }
+}
+
+/// How many forks lie between this process and the first one that asked. Costs one load, where
+/// asking for the process id is a system call.
+pub(crate) fn fork_depth() -> u32 {
+    static DEPTH: AtomicU32 = AtomicU32::new(0);
+    static COUNTING: std::sync::Once = std::sync::Once::new();
+    extern "C" fn count() {
+        DEPTH.fetch_add(1, Ordering::Relaxed);
+    }
+    COUNTING.call_once(|| {
+        // SAFETY: the handler only touches an atomic, which is allowed in a forked child.
+        unsafe { libc::pthread_atfork(None, None, Some(count)) };
+    });
+    DEPTH.load(Ordering::Relaxed)
 }
 
 /// Holds back this thread's signals from a last look at pending ones until [`wait`] sleeps, so that
@@ -198,41 +277,22 @@ impl Drop for SignalGate {
     }
 }
 
-/// Sleeps until one of the descriptors is readable or closed, or the time has come. Returns which
-/// are; none when the time has come. A signal ends the sleep with [`Error::Interrupted`].
+/// Sleeps until something happens to one of the sources, or the time has come. Returns to which;
+/// to none when the time has come. A signal ends the sleep with [`Error::Interrupted`].
 pub(crate) fn wait<const N: usize>(
-    fds: [Option<BorrowedFd<'_>>; N],
+    sources: [Option<Source<'_>>; N],
     until: Option<Instant>,
     gate: Option<&SignalGate>,
 ) -> Result<[bool; N]> {
     // A negative descriptor is skipped by the kernel.
-    let mut polled = fds.map(|fd| libc::pollfd {
-        fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
-        events: libc::POLLIN,
+    let mut polled = sources.map(|source| libc::pollfd {
+        fd: source.map_or(-1, |source| source.fd.as_raw_fd()),
+        events: source.map_or(0, |source| source.events),
         revents: 0,
     });
-    let timeout = until.map(|until| {
-        let left = until.saturating_duration_since(Instant::now());
-        libc::timespec {
-            tv_sec: libc::time_t::try_from(left.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        }
-    });
-    // SAFETY: `polled` has N entries; the timeout and the mask are null or valid for the call.
-    let count = unsafe {
-        libc::ppoll(
-            polled.as_mut_ptr(),
-            N as libc::nfds_t,
-            timeout.as_ref().map_or(std::ptr::null(), |time| time),
-            gate.map_or(std::ptr::null(), |gate| &raw const gate.before),
-        )
-    };
-    if count < 0 {
-        let error = io::Error::last_os_error();
-        return Err(match error.kind() {
-            io::ErrorKind::Interrupted => Error::Interrupted,
-            _ => Error::Os(error),
-        });
-    }
+    system::poll(&mut polled, until, gate).map_err(|error| match error.kind() {
+        std::io::ErrorKind::Interrupted => Error::Interrupted,
+        _ => Error::Os(error),
+    })?;
     Ok(polled.map(|entry| entry.revents != 0))
 }

@@ -300,6 +300,14 @@ pub fn nudge(memory: &impl Memory) -> bool {
     take_flag(memory.producer_armed())
 }
 
+/// How far the consumer has read, if it sleeps though there is more. For a short while that is
+/// nothing unusual: it may be about to take its flag down.
+pub fn asleep_before(memory: &impl Memory) -> Option<u64> {
+    let head = memory.head().load(Ordering::Relaxed);
+    let unread = head != memory.tail().load(Ordering::Relaxed);
+    (unread && memory.consumer_armed().load(Ordering::Relaxed) == 1).then_some(head)
+}
+
 /// Takes down an armed flag; `true` means that it was up. The load keeps the common case, nobody
 /// sleeping, free of a locked instruction. An exchange that fails writes nothing, so a flag that
 /// its owner took down and put up again is never overwritten by what was seen before.

@@ -1,7 +1,8 @@
 //! The worker's end of a channel.
 
+#[cfg(not(loom))]
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::abort::{AbortToken, Vitals};
@@ -11,25 +12,24 @@ use crate::error::{Error, Result, Violation};
 use crate::flow::{self, WINDOW};
 use crate::heartbeat::Heartbeat;
 use crate::lock;
-use crate::platform::{self, Doorbell, SignalGate};
+use crate::platform::{self, Bell, ControlSocket, Doorbell, Rings, SignalGate};
 use crate::record::{Header, Kind};
 use crate::ring::{Consumer, Producer};
 use crate::segment::{RingMemory, SLOTS, Segment};
 use crate::spin::{Spinner, WORKER_PATIENCE};
-use crate::sync::Ordering;
+use crate::sync::{Mutex, Ordering};
 use crate::{Patience, Settings};
 
 /// The descriptors that a worker inherits.
+#[cfg(not(loom))]
 #[derive(Debug)]
 pub struct Inherited {
     /// The shared segment.
     pub segment: OwnedFd,
     /// The control socket.
     pub control: OwnedFd,
-    /// Rung for the host.
-    pub host_bell: OwnedFd,
-    /// Rung by the host for a new request.
-    pub request_bell: OwnedFd,
+    /// Wakes the host, and is rung by it for a new request.
+    pub bell: OwnedFd,
     /// Rung by the host for space, credit and cancellation.
     pub space_bell: OwnedFd,
 }
@@ -47,28 +47,65 @@ pub struct Worker {
     vitals: Arc<Vitals>,
     inbox: Mutex<Inbox>,
     outbox: Mutex<Producer<RingMemory>>,
-    host_bell: Doorbell,
-    request_bell: Arc<Doorbell>,
-    space_bell: Arc<Doorbell>,
+    bell: Doorbell,
+    space_bell: Doorbell,
+    wakers: Arc<Wakers>,
     heartbeat: Mutex<Option<Heartbeat>>,
     /// Kept open after the heartbeat has ended: the host takes its closing for the end, and last
     /// frames may still follow.
-    _control: Arc<OwnedFd>,
+    _control: Arc<ControlSocket>,
     frame_limit: usize,
+}
+
+/// Wake the worker's own threads.
+#[derive(Debug)]
+pub(crate) struct Wakers {
+    /// Whoever waits for a request.
+    pub(crate) inbox: Bell,
+    /// Whoever waits to send. Rung for good on shutdown.
+    outbox: Bell,
+}
+
+impl Wakers {
+    pub(crate) fn new() -> Result<Self> {
+        let (inbox, outbox) = (Bell::new()?, Bell::new()?);
+        Ok(Self { inbox, outbox })
+    }
+
+    pub(crate) fn shut_down(&self, vitals: &Vitals) {
+        vitals.shutdown.store(true, Ordering::Relaxed);
+        self.inbox.ring();
+        self.outbox.ring();
+    }
 }
 
 impl Worker {
     /// Attaches to what the host handed down and starts the heartbeat thread, which ends the
     /// process when the host, `host_pid`, dies.
+    #[cfg(not(loom))]
     pub fn attach(inherited: Inherited, host_pid: i32, settings: Settings) -> Result<Arc<Self>> {
         let segment = Segment::open(inherited.segment.as_fd())?;
+        let control = ControlSocket::from_fd(inherited.control);
+        let bells = [inherited.bell, inherited.space_bell].map(Doorbell::from_fd);
+        Self::assemble(segment, control, bells, host_pid, settings)
+    }
+
+    pub(crate) fn assemble(
+        segment: Segment,
+        control: ControlSocket,
+        [bell, space_bell]: [Doorbell; 2],
+        host_pid: i32,
+        settings: Settings,
+    ) -> Result<Arc<Self>> {
         let vitals = Arc::new(Vitals::default());
-        let request_bell = Arc::new(Doorbell::from_fd(inherited.request_bell));
-        let space_bell = Arc::new(Doorbell::from_fd(inherited.space_bell));
-        let bells = vec![Arc::clone(&request_bell), Arc::clone(&space_bell)];
-        let control = Arc::new(inherited.control);
-        let heartbeat =
-            Heartbeat::start(Arc::clone(&control), host_pid, Arc::clone(&vitals), bells)?;
+        let wakers = Arc::new(Wakers::new()?);
+        let control = Arc::new(control);
+        let heartbeat = Heartbeat::start(
+            Arc::clone(&control),
+            host_pid,
+            Arc::clone(&vitals),
+            Arc::clone(&wakers),
+        )?;
         Ok(Arc::new(Self {
             inbox: Mutex::new(Inbox {
                 ring: Consumer::new(segment.requests()),
@@ -79,9 +116,9 @@ impl Worker {
             outbox: Mutex::new(Producer::new(segment.replies())),
             segment,
             vitals,
-            host_bell: Doorbell::from_fd(inherited.host_bell),
-            request_bell,
+            bell,
             space_bell,
+            wakers,
             heartbeat: Mutex::new(Some(heartbeat)),
             _control: control,
             frame_limit: settings.frame_limit,
@@ -111,7 +148,7 @@ impl Worker {
                 }
                 Patience::Park { until, gate } => {
                     if inbox.ring.arm()? {
-                        let woken = park(&self.request_bell, until, gate);
+                        let woken = park(&self.bell, &self.wakers.inbox, until, gate);
                         inbox.ring.disarm();
                         woken?;
                     }
@@ -128,7 +165,7 @@ impl Worker {
             }
             let frame = inbox.assembler.accept(&inbox.ring, &record)?;
             if inbox.ring.release(record) {
-                self.host_bell.ring();
+                self.bell.ring();
             }
             if frame.is_some() {
                 return Ok(frame);
@@ -149,9 +186,7 @@ impl Worker {
 
     /// Ends the worker from within, as if the host had asked.
     pub fn shut_down(&self) {
-        self.vitals.shutdown.store(true, Ordering::Relaxed);
-        self.request_bell.ring();
-        self.space_bell.ring();
+        self.wakers.shut_down(&self.vitals);
     }
 
     /// Set when the worker shuts down.
@@ -244,7 +279,8 @@ impl ReplyPort {
                     || (self.has_credit(&state, kind) && ring.fits(length)?))
             })?;
             if armed {
-                park(&self.worker.space_bell, until, gate)?;
+                let worker = &self.worker;
+                park(&worker.space_bell, &worker.wakers.outbox, until, gate)?;
             } else if self.worker.is_shutting_down() {
                 // Nobody reads any more, so what does not fit now never will.
                 state.ended = true;
@@ -298,7 +334,7 @@ impl ReplyPort {
                 return Ok(false);
             };
             if ring {
-                self.worker.host_bell.ring();
+                self.worker.bell.ring();
             }
             if end == body.total() {
                 break;
@@ -327,11 +363,23 @@ impl ReplyPort {
     }
 }
 
-fn park(bell: &Doorbell, until: Option<Instant>, gate: Option<&SignalGate>) -> Result<()> {
-    let [rung] = platform::wait([Some(bell.as_fd())], until, gate)?;
-    if !rung {
-        return Err(Error::TimedOut);
+/// Sleeps until a doorbell is rung from outside or from within.
+fn park(
+    bell: &Doorbell,
+    waker: &Bell,
+    until: Option<Instant>,
+    gate: Option<&SignalGate>,
+) -> Result<()> {
+    let [rung, woken] = platform::wait([Some(bell.source()), Some(waker.source())], until, gate)?;
+    if rung && bell.drain() == Rings::Closed {
+        return Err(Error::PeerDied);
     }
-    bell.drain();
-    Ok(())
+    if woken {
+        waker.drain();
+    }
+    if rung || woken {
+        Ok(())
+    } else {
+        Err(Error::TimedOut)
+    }
 }

@@ -1,4 +1,4 @@
-use std::os::fd::AsFd;
+
 
 use super::*;
 use crate::buffer::Body;
@@ -22,7 +22,7 @@ fn bench() -> Bench {
 
 fn is_rung(notifier: &Arc<Notifier>) -> bool {
     let now = Some(std::time::Instant::now());
-    let [rung] = platform::wait([Some(notifier.as_fd())], now, None).unwrap();
+    let [rung] = platform::wait([Some(notifier.source())], now, None).unwrap();
     rung
 }
 
@@ -340,18 +340,76 @@ fn a_frame_begun_within_the_window_may_end_outside() {
 fn consumed_bytes_add_up_over_an_answer() {
     let mut bench = bench();
     let call = bench.sent();
-    for (sequence, size) in (0..).zip([0, 100, 1000]) {
+    let size = 150_000;
+    for sequence in 0..4 {
         bench
             .receive(frame(call, Kind::Data, sequence, size))
             .unwrap();
     }
-    for bytes in [EMPTY, 2 * EMPTY + 100, 3 * EMPTY + 1100] {
-        let update = SlotUpdate::Consumed {
-            slot: call.1,
-            bytes,
-        };
-        assert_eq!(bench.take_data(call.0).1, Some(update));
+    let cost = EMPTY + size as u64;
+    for bytes in [None, Some(2 * cost), None, Some(4 * cost)] {
+        let slot = call.1;
+        let update = bytes.map(|bytes| SlotUpdate::Consumed { slot, bytes });
+        assert_eq!(bench.take_data(call.0).1, update);
     }
+}
+
+#[test]
+fn late_frames_use_up_the_window_too() {
+    let mut bench = bench();
+    let call = bench.sent();
+    bench.calls.cancel(call.0);
+    bench
+        .receive(frame(call, Kind::Data, 0, WINDOW as usize))
+        .unwrap();
+    let more = frame(call, Kind::Data, 1, 0);
+    assert_eq!(bench.calls.admit(&more.header), Err(Violation::Window));
+}
+
+#[test]
+fn a_question_has_one_answer() {
+    let mut bench = bench();
+    let me = Notifier::for_loop().unwrap();
+    let nonce = bench.calls.open_control().unwrap();
+    let given_up = bench.calls.open_control().unwrap();
+    bench.calls.abandon(given_up);
+    for nonce in [nonce, given_up] {
+        let answer = bench.calls.answer(nonce, Outcome::Acknowledged, &me);
+        assert_eq!(answer, Ok(()));
+        let again = bench.calls.answer(nonce, Outcome::Acknowledged, &me);
+        assert_eq!(again, Err(Violation::Control));
+    }
+    assert!(matches!(
+        bench.calls.take(nonce),
+        Some((Event::Done(Outcome::Acknowledged), None))
+    ));
+}
+
+#[test]
+fn questions_without_answers_do_not_pile_up() {
+    let mut bench = bench();
+    for _ in 0..MAX_QUESTIONS {
+        let nonce = bench.calls.open_control().unwrap();
+        bench.calls.abandon(nonce);
+    }
+    assert!(matches!(bench.calls.open_control(), Err(Error::QueueFull)));
+}
+
+#[test]
+fn frames_are_taken_together_up_to_one_that_is_not_wanted() {
+    let mut bench = bench();
+    let call = bench.sent();
+    for (sequence, size) in (0..).zip([1, 2, 50, 3]) {
+        bench
+            .receive(frame(call, Kind::Data, sequence, size))
+            .unwrap();
+    }
+    let small = |frame: &Frame| frame.body.len() < 10;
+    let lengths = |frames: Vec<Frame>| frames.iter().map(|f| f.body.len()).collect::<Vec<_>>();
+    assert_eq!(lengths(bench.calls.take_frames(call.0, 1, small).0), [1]);
+    assert_eq!(lengths(bench.calls.take_frames(call.0, 9, small).0), [2]);
+    assert!(bench.calls.take_frames(call.0, 9, small).0.is_empty());
+    assert!(bench.calls.take_frames(call.0 + 1, 9, small).0.is_empty());
 }
 
 #[test]

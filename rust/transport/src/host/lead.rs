@@ -1,20 +1,25 @@
 //! How answers arrive: who reads the ring, who sleeps, and who is woken.
 
-use std::os::fd::AsFd;
-use std::sync::{Arc, MutexGuard, TryLockError};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::calls::{End, Outcome};
 use crate::control::{Control, SIZE};
 use crate::error::{Error, Result, Violation};
 use crate::host::{Host, Reader};
 use crate::notify::Notifier;
-use crate::platform::{self, Datagram};
-use crate::sync::Ordering;
-use crate::{Patience, lock};
+use crate::platform::{self, Datagram, Death, Rings, SignalGate};
+use crate::record::{FIRST, LAST};
+use crate::ring::asleep_before;
+use crate::sync::MutexGuard;
+use crate::{Patience, lock, try_lock};
 
 /// Control messages read before the ring gets a look again.
 const CONTROL_BATCH: usize = 64;
+/// The longest sleep of a leader, after which it makes sure that no wake-up was lost.
+const RESCUE: Duration = Duration::from_secs(1);
+/// Bodies up to this size are copied under the lock of the calls' table.
+const COPIED_LOCKED: usize = 4096;
 /// Records read before whoever waits gets a look at its own call.
 const RECORD_BATCH: usize = 64;
 
@@ -34,18 +39,10 @@ impl Host {
     }
 
     fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
-        let now = Instant::now();
-        self.react(
-            reader,
-            me,
-            Patience::Park {
-                until: Some(now),
-                gate: None,
-            },
-        )?;
+        self.react(reader, me, Some(Instant::now()), None)?;
         loop {
-            while self.pump(reader, me)? {}
-            if lock(&self.calls).end().is_some() || self.arm(reader)? {
+            while self.pump(reader, me) {}
+            if lock(&self.calls).end().is_some() || self.arm(reader) {
                 return Ok(());
             }
         }
@@ -76,7 +73,8 @@ impl Host {
             if skip_park()? {
                 continue;
             }
-            let [rung] = platform::wait([Some(me.as_fd())], until, gate)?;
+            self.tally.parks.add(1);
+            let [rung] = platform::wait([Some(me.source())], until, gate)?;
             if !rung {
                 return goal().ok_or(Error::TimedOut);
             }
@@ -93,46 +91,71 @@ impl Host {
         skip_park: &mut dyn FnMut() -> Result<bool>,
     ) -> Result<T> {
         let reader = &mut *reader;
+        let mut unread = None;
         loop {
-            let more = self.pump(reader, me)?;
+            let more = self.pump(reader, me);
             if let Some(got) = goal() {
                 return Ok(got);
             }
-            if more {
-                continue;
-            }
-            let Patience::Park { until, .. } = patience else {
-                let Reader { ring, spinner, .. } = &mut *reader;
-                if spinner.spin(|| ring.is_ready()) {
-                    continue;
+            let (until, gate) = match patience {
+                Patience::Park { until, gate } => (until, gate),
+                Patience::Spin if more => continue,
+                Patience::Spin => {
+                    let Reader { ring, spinner, .. } = &mut *reader;
+                    if spinner.spin(|| ring.is_ready()) {
+                        self.tally.spins_won.add_alone(1);
+                        continue;
+                    }
+                    return Err(Error::WouldPark);
                 }
-                return Err(Error::WouldPark);
             };
-            if skip_park()? || !self.arm(reader)? {
+            if more || skip_park()? || !self.arm(reader) {
+                // Frames for others may never stop coming.
+                if until.is_some_and(|until| until <= Instant::now()) {
+                    return Err(Error::TimedOut);
+                }
                 continue;
             }
-            self.tally.parks.fetch_add(1, Ordering::Relaxed);
-            let woken = self.react(reader, me, patience);
+            self.tally.parks.add(1);
+            let slice = Instant::now() + RESCUE;
+            let sleep_until = until.map_or(slice, |until| until.min(slice));
+            let woken = self.react(reader, me, Some(sleep_until), gate);
             reader.ring.disarm();
-            if !woken? && until.is_some_and(|until| until <= Instant::now()) {
+            if !woken? {
+                self.rescue(reader, &mut unread);
+            }
+            if until.is_some_and(|until| until <= Instant::now()) {
+                self.pump(reader, me);
                 return goal().ok_or(Error::TimedOut);
             }
         }
     }
 
-    fn arm(&self, reader: &mut Reader) -> Result<bool> {
-        reader
-            .ring
-            .arm()
-            .map_err(|violation| self.violated(violation))
+    /// After a sleep that only the clock ended: counts what should have ended it, and does what
+    /// was missed. `unread` is how far the worker had read before.
+    fn rescue(&self, reader: &Reader, unread: &mut Option<u64>) {
+        if reader.ring.is_ready() {
+            self.tally.rescued_waits.add(1);
+        }
+        let read = asleep_before(&self.request_memory);
+        if read.is_some() && *unread == read {
+            self.tally.rescued_waits.add(1);
+            self.ring(&self.bell);
+        }
+        *unread = read;
     }
 
-    fn try_lead(&self) -> Option<MutexGuard<'_, Reader>> {
-        match self.reader.try_lock() {
-            Ok(reader) => Some(reader),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+    /// Whether this side may sleep now. Not if there is something to read, nor after the end.
+    fn arm(&self, reader: &mut Reader) -> bool {
+        self.tally.arms.add(1);
+        reader.ring.arm().unwrap_or_else(|violation| {
+            self.violated(violation);
+            false
+        })
+    }
+
+    pub(super) fn try_lead(&self) -> Option<MutexGuard<'_, Reader>> {
+        try_lock(&self.reader)
     }
 
     /// After this thread stopped reading the ring: if nobody else does, somebody who waits must.
@@ -144,55 +167,64 @@ impl Host {
     }
 
     /// Takes up to a batch of records off the ring; `true` when there may be more.
-    fn pump(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool> {
-        self.take_records(reader, me)
-            .map_err(|violation| self.violated(violation))
+    pub(super) fn pump(&self, reader: &mut Reader, me: &Arc<Notifier>) -> bool {
+        reader.ring.is_ready()
+            && self.take_records(reader, me).unwrap_or_else(|violation| {
+                self.violated(violation);
+                false
+            })
     }
 
     fn take_records(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool, Violation> {
+        reader.heard = Instant::now();
+        let mut calls = lock(&self.calls);
         for _ in 0..RECORD_BATCH {
+            if calls.end().is_some() {
+                return Ok(false);
+            }
             let Some(record) = reader.ring.peek()? else {
                 return Ok(false);
             };
-            {
-                let calls = lock(&self.calls);
-                if calls.end().is_some() {
-                    return Ok(false);
-                }
-                calls.admit(&record.header)?;
-            }
+            calls.admit(&record.header)?;
+            let length = record.header.length as usize;
+            let kept = (length <= COPIED_LOCKED).then_some(calls);
             let frame = reader.assembler.accept(&reader.ring, &record)?;
             if reader.ring.release(record) {
                 self.ring(&self.space_bell);
             }
+            let flags = record.header.flags;
+            self.tally
+                .fragments_received
+                .add_alone((flags != FIRST | LAST).into());
+            calls = kept.unwrap_or_else(|| lock(&self.calls));
             if let Some(frame) = frame {
-                self.tally.frames_received.fetch_add(1, Ordering::Relaxed);
-                lock(&self.calls).deliver(frame, me)?;
+                self.tally.frames_received.add_alone(1);
+                self.tally.bytes_received.add_alone(frame.body.len() as u64);
+                if calls.end().is_none() {
+                    calls.deliver(frame, me)?;
+                }
             }
         }
         Ok(true)
     }
 
-    /// Sleeps as far as `patience` goes, then deals with what woke it; `false` when nothing did.
+    /// Sleeps, then deals with what ended that; `false` when nothing did.
     fn react(
         &self,
         reader: &mut Reader,
         me: &Arc<Notifier>,
-        patience: Patience<'_>,
+        until: Option<Instant>,
+        gate: Option<&SignalGate>,
     ) -> Result<bool> {
-        let Patience::Park { until, gate } = patience else {
-            return Err(Error::WouldPark);
-        };
-        let fds = [
-            Some(self.bell.as_fd()),
-            reader.control_open.then(|| self.control.as_fd()),
-            self.death.get().map(AsFd::as_fd),
-            Some(me.as_fd()),
+        let sources = [
+            Some(self.bell.source()),
+            reader.control_open.then(|| self.control.source()),
+            self.death.get().map(Death::source),
+            Some(me.source()),
         ];
-        let [rung, control, dead, own] = platform::wait(fds, until, gate)?;
+        let [rung, control, dead, own] = platform::wait(sources, until, gate)?;
         if rung {
-            self.bell.drain();
-            lock(&self.calls).notify_space_waiters();
+            self.take_rings(reader, me);
         }
         if own && !me.is_loop() {
             me.drain();
@@ -201,25 +233,38 @@ impl Host {
             self.read_control(reader, me)?;
         }
         if dead {
-            // What the worker committed before it died still counts.
-            while self.pump(reader, me)? {}
-            self.finish(End::PeerDied);
+            self.finish_after_reading(reader, me);
         }
         Ok(rung || control || dead || own)
+    }
+
+    fn take_rings(&self, reader: &mut Reader, me: &Arc<Notifier>) {
+        match self.bell.drain() {
+            Rings::Taken(count) => reader.rings += count as u64,
+            Rings::Closed => self.finish_after_reading(reader, me),
+        }
+        if reader.rings > self.tally.arms.get() {
+            self.violated(Violation::Doorbell);
+        }
+        lock(&self.calls).notify_space_waiters();
+    }
+
+    /// The worker is gone, or as good as that; what it committed before still counts.
+    fn finish_after_reading(&self, reader: &mut Reader, me: &Arc<Notifier>) {
+        while self.pump(reader, me) {}
+        self.finish(End::PeerDied);
     }
 
     fn read_control(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
         let mut buffer = [0; SIZE];
         for _ in 0..CONTROL_BATCH {
-            let datagram = match platform::receive_datagram(self.control.as_fd(), &mut buffer)? {
+            let datagram = match self.control.receive(&mut buffer)? {
                 Datagram::Received(length) => buffer.get(..length),
                 Datagram::Nothing => return Ok(()),
                 Datagram::Closed => {
-                    // A worker without its control socket is as good as dead; if the process
-                    // lives on, whoever owns it ends it.
+                    // If the process lives on, whoever owns it ends it.
                     reader.control_open = false;
-                    while self.pump(reader, me)? {}
-                    self.finish(End::PeerDied);
+                    self.finish_after_reading(reader, me);
                     return Ok(());
                 }
             };
@@ -234,7 +279,10 @@ impl Host {
                 };
                 lock(&self.calls).answer(nonce, outcome, me)
             });
-            accepted.map_err(|violation| self.violated(violation))?;
+            if let Err(violation) = accepted {
+                self.violated(violation);
+                return Ok(());
+            }
         }
         Ok(())
     }

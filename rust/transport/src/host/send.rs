@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use crate::assemble::fragment;
 use crate::body::Gather;
+use crate::calls::Calls;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::notify::Notifier;
-use crate::record::{Header, Kind, LAST};
+use crate::record::{FIRST, Header, Kind, LAST};
 use crate::ring::Producer;
 use crate::segment::RingMemory;
 use crate::sync::Ordering;
-use crate::{Patience, lock};
+use crate::{Patience, lock, try_lock};
 
 /// A request on its way, and how much of it is out.
 #[derive(Debug, Default)]
@@ -38,6 +39,31 @@ impl Host {
         body: &Gather<'_>,
         waiter: Option<&Arc<Notifier>>,
     ) -> Result<bool> {
+        let mut sender = lock(&self.sender);
+        self.send_with(&mut sender, outgoing, body, waiter)
+    }
+
+    /// As [`Self::try_send`], but gives up when another thread is sending; for a caller that must
+    /// not wait even for that.
+    pub fn try_send_at_once(
+        &self,
+        outgoing: &mut Outgoing,
+        body: &Gather<'_>,
+        waiter: Option<&Arc<Notifier>>,
+    ) -> Result<bool> {
+        match try_lock(&self.sender) {
+            Some(mut sender) => self.send_with(&mut sender, outgoing, body, waiter),
+            None => Ok(false),
+        }
+    }
+
+    fn send_with(
+        &self,
+        sender: &mut Producer<RingMemory>,
+        outgoing: &mut Outgoing,
+        body: &Gather<'_>,
+        waiter: Option<&Arc<Notifier>>,
+    ) -> Result<bool> {
         self.check_owner()?;
         if body.total() > self.frame_limit {
             return Err(Error::TooLarge {
@@ -48,86 +74,99 @@ impl Host {
         if outgoing.done {
             return Ok(true);
         }
-        let Some((call, slot)) = self.open_call(outgoing, waiter)? else {
-            return Ok(false);
-        };
-        let mut sender = lock(&self.sender);
-        let pushed = self.push_records(&mut sender, outgoing, (call, slot), body);
-        drop(sender);
-        match pushed {
-            Err(Error::Protocol(violation)) => Err(self.violated(violation)),
-            other => other,
+        if outgoing.opened.is_none() {
+            self.notice_death()?;
         }
+        let pushed = self.push_records(sender, outgoing, body, waiter);
+        if let Err(Error::Protocol(violation)) = pushed {
+            self.violated(violation);
+        }
+        pushed
     }
 
     fn push_records(
         &self,
         sender: &mut Producer<RingMemory>,
         outgoing: &mut Outgoing,
-        (call, slot): (u64, u32),
         body: &Gather<'_>,
+        waiter: Option<&Arc<Notifier>>,
     ) -> Result<bool> {
-        if !self.push_withdrawals(sender)? {
-            return Ok(false);
-        }
         let total = body.total();
-        while !outgoing.done {
-            let (flags, window) = fragment(total, sender.max_body(), outgoing.at.unwrap_or(0));
-            let end = window.end;
-            let header = request_header(call, slot, flags, window.len(), total);
-            // Held over the first push, so that neither a cancellation nor an answer comes between
-            // the record and the note that it is out.
-            let calls = lock(&self.calls);
+        loop {
+            // Held over each push, so that neither a cancellation nor an answer comes between a
+            // request's first record and the note that it is out.
+            let mut calls = lock(&self.calls);
             if let Some(end) = calls.end() {
                 return Err(end.into());
             }
-            let first = outgoing.at.is_none();
-            if first && !calls.is_undecided(call) {
+            let opened = self.open_call(&mut calls, outgoing, waiter)?;
+            let Some((call, slot)) = opened else {
+                return Ok(false);
+            };
+            if !self.push_withdrawals(&mut calls, sender)? {
+                return Ok(false);
+            }
+            if outgoing.at.is_none() && !calls.is_undecided(call) {
                 return Err(Error::Cancelled);
             }
-            let guard = first.then_some(calls);
+            let (flags, window) = fragment(total, sender.max_body(), outgoing.at.unwrap_or(0));
+            let end = window.end;
+            let header = request_header(call, slot, flags, window.len(), total);
+            // Only the first needs the lock, and copying a large one takes long.
+            let calls = match outgoing.at {
+                None => Some(calls),
+                Some(_) => None,
+            };
             let pushed = sender.push(&header, |write| body.copy(window, write))?;
             let Some(ring) = pushed else { return Ok(false) };
-            if let Some(mut calls) = guard {
+            if let Some(mut calls) = calls {
                 calls.mark_sent(call);
             }
-            if ring {
-                self.ring(&self.request_bell);
-            }
+            self.wake_for_request(ring);
             outgoing.at = Some(end);
-            outgoing.done = end == total;
+            let fragmented = flags != FIRST | LAST;
+            self.tally.fragments_sent.add_alone(fragmented.into());
+            if end == total {
+                outgoing.done = true;
+                self.tally.frames_sent.add_alone(1);
+                self.tally.bytes_sent.add_alone(total as u64);
+                return Ok(true);
+            }
         }
-        self.tally.frames_sent.fetch_add(1, Ordering::Relaxed);
-        Ok(true)
+    }
+
+    fn wake_for_request(&self, sleeps: bool) {
+        if sleeps {
+            self.ring(&self.bell);
+        } else {
+            self.tally.wakes_suppressed.add_alone(1);
+        }
     }
 
     /// Tells the worker of requests that were given up half sent: their last record is empty.
-    fn push_withdrawals(&self, sender: &mut Producer<RingMemory>) -> Result<bool> {
-        loop {
-            let mut calls = lock(&self.calls);
-            let Some(&(call, slot)) = calls.withdrawn.last() else {
-                return Ok(true);
-            };
+    fn push_withdrawals(
+        &self,
+        calls: &mut Calls,
+        sender: &mut Producer<RingMemory>,
+    ) -> Result<bool> {
+        while let Some(&(call, slot)) = calls.withdrawn.last() {
             let header = request_header(call, slot, LAST, 0, 0);
             let Some(ring) = sender.push(&header, |_| ())? else {
                 return Ok(false);
             };
             calls.withdrawn.pop();
-            drop(calls);
-            if ring {
-                self.ring(&self.request_bell);
-            }
+            self.wake_for_request(ring);
         }
+        Ok(true)
     }
 
     fn open_call(
         &self,
+        calls: &mut Calls,
         outgoing: &mut Outgoing,
         waiter: Option<&Arc<Notifier>>,
     ) -> Result<Option<(u64, u32)>> {
         if outgoing.opened.is_none() {
-            self.notice_death()?;
-            let mut calls = lock(&self.calls);
             outgoing.opened = calls.open()?;
             if let Some((call, slot)) = outgoing.opened {
                 self.segment.slot(slot).consumed.store(0, Ordering::Relaxed);
@@ -141,6 +180,7 @@ impl Host {
     pub fn wait_to_send(&self, outgoing: &Outgoing, patience: Patience<'_>) -> Result<()> {
         self.check_owner()?;
         let me = Notifier::of_thread()?;
+        self.tally.full_waits.add(1);
         let waited = self.wait_for(
             &me,
             patience,
@@ -164,9 +204,10 @@ impl Host {
         }
         let mut sender = lock(&self.sender);
         let length = sender.max_body();
+        self.tally.arms.add(1);
         let armed = sender.arm(|ring| ring.fits(length));
         drop(sender);
-        let armed = armed.map_err(|violation| self.violated(violation))?;
+        let armed = armed.inspect_err(|&violation| self.violated(violation))?;
         if !armed {
             // The flag was everybody's, and now it is down.
             lock(&self.calls).notify_space_waiters();

@@ -1,0 +1,139 @@
+//! Any POSIX system: `shm_open` and unlink, pipes, `poll`.
+//!
+//! What is weaker than on Linux: the segment is not sealed, so a hostile worker can cut it off and
+//! end the host with SIGBUS; a process counts as dead when its end of the control socket is closed,
+//! which a process that inherited it by a fork delays; a signal that comes just before a sleep is
+//! served up to [`SLICE`] late.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags, fcntl_setfl, ftruncate};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SocketType};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::shm;
+
+use super::{ControlSocket, SignalGate, Source};
+use crate::error::Result;
+
+/// Not every system has message sockets that notice their closing. Messages are small enough to
+/// stay in one piece, and one that does not is taken for a violation.
+pub(super) const CONTROL_SOCKET: SocketType = SocketType::STREAM;
+/// Which flags of a receive this system has for such a socket: TRUNC would discard data.
+pub(super) const CONTROL_FLAGS: RecvFlags = RecvFlags::DONTWAIT;
+
+/// Longest sleep of a thread that handles signals.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Creates shared memory whose name is gone when this returns.
+pub(crate) fn create_shared_memory(length: usize) -> Result<OwnedFd> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let mut number = now.map_or(0, |age| age.subsec_nanos());
+    loop {
+        // Short: 31 bytes are all that some systems take.
+        let name = format!("/inferpool-{:x}-{number:x}", std::process::id());
+        let flags = shm::OFlags::CREATE | shm::OFlags::EXCL | shm::OFlags::RDWR;
+        match shm::open(&name, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => {
+                shm::unlink(&name)?;
+                ftruncate(&file, length as u64)?;
+                return Ok(file);
+            }
+            Err(Errno::EXIST) => number = number.wrapping_add(1),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Wakes a sleeper in this process.
+#[derive(Debug)]
+pub(crate) struct Bell {
+    reader: OwnedFd,
+    writer: OwnedFd,
+}
+
+impl Bell {
+    /// A bell that nobody has rung.
+    pub(crate) fn new() -> Result<Self> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        fcntl_setfl(&reader, OFlags::NONBLOCK)?;
+        fcntl_setfl(&writer, OFlags::NONBLOCK)?;
+        Ok(Self { reader, writer })
+    }
+
+    /// Makes the bell readable until [`Self::drain`].
+    pub(crate) fn ring(&self) {
+        // A full pipe is readable already.
+        let _ = rustix::io::write(&self.writer, b"!");
+    }
+
+    /// Takes all rings so far, or so many that the rest makes it readable again.
+    pub(crate) fn drain(&self) {
+        let _ = rustix::io::read(&self.reader, &mut [0; 64]);
+    }
+
+    pub(crate) fn source(&self) -> Source<'_> {
+        Source::readable(self.reader.as_fd())
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
+    }
+}
+
+/// Sees the process's end of its control socket closed.
+#[derive(Debug)]
+pub(crate) struct Death(OwnedFd);
+
+impl Death {
+    pub(crate) fn source(&self) -> Source<'_> {
+        Source::closed(self.0.as_fd())
+    }
+}
+
+impl AsFd for Death {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Watches the process at the other end of `control`.
+pub(crate) fn watch_process(pid: i32, control: &ControlSocket) -> Result<Death> {
+    if pid <= 0 {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
+    }
+    Ok(Death(control.as_fd().try_clone_to_owned()?))
+}
+
+/// `poll` in slices short enough to notice signals that came before the sleep: one that ends before
+/// its wait does counts as interrupted, so that the caller looks at its signals and waits on.
+pub(super) fn poll(
+    polled: &mut [libc::pollfd],
+    until: Option<Instant>,
+    gate: Option<&SignalGate>,
+) -> io::Result<()> {
+    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+    let slice = gate.map(|_| SLICE);
+    let timeout = [left, slice].into_iter().flatten().min();
+    // Rounded up, so that a wait of less than a millisecond is no busy loop.
+    let milliseconds = timeout.map_or(-1, |time| {
+        libc::c_int::try_from(time.as_micros().div_ceil(1000)).unwrap_or(libc::c_int::MAX)
+    });
+    if let Some(gate) = gate {
+        // SAFETY: the mask is the one that the gate found.
+        unsafe {
+            let mask = &raw const gate.before;
+            libc::pthread_sigmask(libc::SIG_SETMASK, mask, std::ptr::null_mut());
+        }
+    }
+    // SAFETY: the slice is as long as said.
+    match unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, milliseconds) } {
+        -1 => Err(io::Error::last_os_error()),
+        0 if timeout != left => Err(io::ErrorKind::Interrupted.into()),
+        _ => Ok(()),
+    }
+}
