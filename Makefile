@@ -60,8 +60,8 @@ bench: .venv/extension.stamp ## Measure against the alternatives, side by side
 	$(BIN)/python -m benchmarks
 
 loom: ## Explore the interleavings of the ring and of park/wake (LOOM_MAX_PREEMPTIONS=3)
-	LOOM_MAX_PREEMPTIONS=$(LOOM_MAX_PREEMPTIONS) RUSTFLAGS="--cfg loom" \
-		cargo test -p inferpool-transport --locked --release --target-dir target/loom --lib loom
+	LOOM_MAX_PREEMPTIONS=$(LOOM_MAX_PREEMPTIONS) RUSTFLAGS="--cfg loom -C debug-assertions" \
+		cargo test -p inferpool-transport --locked --release --target-dir target/loom --lib loom -- --nocapture
 
 # An explicit --target keeps RUSTFLAGS away from build scripts.
 fuzz: ## Fuzz the frame decoder on the stable toolchain (FUZZ_SECONDS=300)

@@ -33,7 +33,6 @@ CONFIG = Start(
 class FakeToken:
     callback = 0
     data = 0
-    cancelled = False
 
     def is_set(self) -> bool:
         return False
@@ -46,6 +45,7 @@ class FakeRequest:
         self.parts = parts
         self.call = 1
         self.abort = FakeToken()
+        self.cancelled = False
         self.sent: list[Any] = []
         self.outcome: list[str] = []
 
@@ -142,7 +142,7 @@ def test_requests_are_counted_and_given_up_ones_too() -> None:
 
     def give_up(reply: Any, payload: Any, state: WorkerLoopState) -> None:
         seen.append((state.served, state.dropped))
-        reply.abort.cancelled = True
+        reply._request.cancelled = True
         raise CallCancelled
 
     requests = [FakeRequest(codec.encode("give_up", None)) for _ in range(3)]

@@ -80,7 +80,7 @@ class Event:
         """One item of the answer, or how the call ended."""
 
     @property
-    def parts(self) -> list[bytes | memoryview]:
+    def parts(self) -> tuple[bytes | memoryview, ...]:
         """Parts of ``"data"`` and ``"error"``: a short message, views of one `Body`."""
 
     @property
@@ -94,6 +94,10 @@ class Call:
     @property
     def id(self) -> int:
         """Unique within the channel, from 1; 0 until the request is under way."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether the request is all out."""
 
     def send(self, timeout: float | None = None) -> None:
         """Send the request, waiting for space while the worker is behind.
@@ -122,6 +126,18 @@ class Call:
 
     def poll(self) -> Event | None:
         """What happened next, or None. Never waits. Raises as `next` does."""
+
+    def poll_messages(self) -> bytes | None:
+        """Short messages that have arrived, up to 128 at once, as one msgpack array.
+
+        None when what comes next, if anything has come, is no such message.
+        """
+
+    def spin(self) -> bool:
+        """Spin for what happens next, as long as that pays; whether something has.
+
+        For calls of an event loop. Others of its calls may have got something meanwhile.
+        """
 
     def cancel(self) -> None:
         """End the call here at once and tell the worker. From any thread, any number of times."""
@@ -170,7 +186,9 @@ class HostChannel:
         """What an event loop should watch; when one is readable, call `look`."""
 
     def open(self, parts: Sequence[Buffer], notifier: LoopNotifier | None = None) -> Call:
-        """Prepare a call whose request has these parts. Nothing is sent yet.
+        """Make a call whose request has these parts, and send it if that takes no waiting.
+
+        Otherwise `Call.sent` is false, and `Call.send` or `Call.try_send` goes on.
 
         Args:
             parts: C-contiguous buffers of bytes; they are held until the request is out.
@@ -203,14 +221,14 @@ class HostChannel:
         """Ids of the calls that have not ended."""
 
     def counters(self) -> dict[str, int]:
-        """Counts so far: frames sent and received, parks, rings, dropped late frames."""
+        """Counts so far, see `inferpool.RoleStatus`."""
 
 @final
 class Request:
     """One request in the worker, and where its answer goes."""
 
     @property
-    def parts(self) -> list[bytes | memoryview]:
+    def parts(self) -> tuple[bytes | memoryview, ...]:
         """Parts of the frame, as in `Event`; empty when the host gave the request up half sent."""
 
     @property
@@ -220,6 +238,10 @@ class Request:
     @property
     def abort(self) -> AbortToken:
         """Set when this call should stop."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this call was given up."""
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send one item of the answer, waiting while the reader is behind.

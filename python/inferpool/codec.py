@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from inferpool.errors import ProtocolError
 
-__all__ = ["Buffer", "decode", "decode_as", "encode"]
+__all__ = ["Buffer", "decode", "decode_as", "decode_messages", "encode"]
 
 T = TypeVar("T")
 
@@ -50,9 +50,11 @@ def encode(kind: str, payload: Any) -> list[Buffer]:
         TypeError: the payload holds something that is not in the list above.
         ValueError: an int above 64 bits, a lone surrogate in a str, or nesting too deep.
     """
-    parts: list[Buffer] = [b""]
     try:
-        parts[0] = _encode_message([kind, _pack(payload, parts)])
+        if type(payload) in _PLAIN or (type(payload) is bytes and len(payload) < _INLINE_BYTES):
+            return [_encode_message((kind, payload))]
+        parts: list[Buffer] = [b""]
+        parts[0] = _encode_message((kind, _pack(payload, parts)))
     except (OverflowError, UnicodeEncodeError) as error:
         raise ValueError(f"payload cannot be encoded: {error}") from error
     except RecursionError:
@@ -67,12 +69,25 @@ def decode(parts: Sequence[Buffer]) -> tuple[str, Any]:
         ProtocolError: the parts are not what `encode` makes.
     """
     try:
-        match msgspec.msgpack.decode(parts[0], ext_hook=partial(_unpack, parts)):
-            case [str(kind), payload]:
-                return kind, payload
-    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, RecursionError) as error:
+        if len(parts) == 1:
+            return _decode_lone(parts[0])
+        unpack = partial(_unpack, parts)
+        message: _Message = msgspec.msgpack.decode(parts[0], type=_Message, ext_hook=unpack)
+    except _UNDECODABLE as error:
         raise ProtocolError(f"undecodable payload: {error}") from error
-    raise ProtocolError("undecodable payload: not a pair of kind and payload")
+    return message
+
+
+def decode_messages(array: bytes) -> list[tuple[str, Any]]:
+    """Decode messages that refer to no buffers and came together, as one msgpack array.
+
+    Raises:
+        ProtocolError: they are not what `encode` makes.
+    """
+    try:
+        return _decode_several(array)
+    except _UNDECODABLE as error:
+        raise ProtocolError(f"undecodable payload: {error}") from error
 
 
 def decode_as(parts: Sequence[Buffer], message: type[T]) -> T:
@@ -164,3 +179,14 @@ def _unpack_array(part: Buffer, dtype_text: Any, shape: Any) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize != len(part):
         raise ValueError("array and buffer differ in size")
     return np.ndarray(tuple(shape), dtype, part)
+
+
+_Message = tuple[str, Any]
+_UNDECODABLE = (msgspec.MsgspecError, ValueError, TypeError, LookupError, RecursionError)
+_unpack_lone = partial(_unpack, ())
+_decode_lone: Callable[[Buffer], _Message] = msgspec.msgpack.Decoder(
+    _Message, ext_hook=_unpack_lone
+).decode
+_decode_several: Callable[[bytes], list[_Message]] = msgspec.msgpack.Decoder(
+    list[_Message], ext_hook=_unpack_lone
+).decode

@@ -8,9 +8,9 @@ that `Pool` and `AsyncPool` share every rule here.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from inferpool import codec
 from inferpool._transport import Call, Event, LoopNotifier
@@ -28,6 +28,7 @@ __all__ = [
     "next_item",
     "open_call",
     "ping",
+    "ready_items",
 ]
 
 T = TypeVar("T")
@@ -36,14 +37,9 @@ QUEUE_SECONDS = 30.0
 """How long a request waits for space behind a worker that does not read; then `QueueFull`."""
 
 
-class Wait(NamedTuple):
-    """What has to be waited for: that a request is out, or that something happens to a call."""
-
-    incarnation: Incarnation
-    call: Call
-    until: Literal["sent", "event"]
-    timeout: float | None
-
+Wait = tuple[Incarnation, Call, Literal["sent", "event"], float | None]
+"""What has to be waited for: that a request is out, or that something happens to a call, with
+whom, and for how many seconds at most."""
 
 Steps = Generator[Wait, Any, T]
 
@@ -101,8 +97,10 @@ def open_call(
         incarnation = supervisor.incarnation()
         native = incarnation.channel.open(parts, driver.notifier(incarnation))
         opened = OpenCall(supervisor, incarnation, native)
+        if native.sent:
+            return opened
         try:
-            yield Wait(incarnation, native, "sent", deadline.left(QUEUE_SECONDS))
+            yield incarnation, native, "sent", deadline.left(QUEUE_SECONDS)
         except CallTimeout:
             opened.abandon()
             deadline.check()
@@ -128,11 +126,8 @@ def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:
     incarnation = opened.incarnation
     while True:
         try:
-            # The next item of a stream has often come while the last one was used.
-            event = opened.call.poll()
-            if event is None:
-                bound = None if incarnation.ready else incarnation.check_started()
-                event = yield Wait(incarnation, opened.call, "event", deadline.left(bound))
+            bound = None if incarnation.ready else incarnation.check_started()
+            event: Event = yield incarnation, opened.call, "event", deadline.left(bound)
         except CallTimeout:
             deadline.check()
         except (PeerDied, ProtocolError) as error:
@@ -151,6 +146,15 @@ def next_item(opened: OpenCall, deadline: Deadline) -> Steps[tuple[Any] | None]:
     try:
         return (codec.decode(event.parts)[1],)
     except ProtocolError as error:
+        raise opened.incarnation.explain(error) from error
+
+
+def ready_items(opened: OpenCall) -> Sequence[Any] | None:
+    """Items of the answer that have arrived and can be had together, or None."""
+    try:
+        array = opened.call.poll_messages()
+        return None if array is None else [payload for _, payload in codec.decode_messages(array)]
+    except (PeerDied, ProtocolError) as error:
         raise opened.incarnation.explain(error) from error
 
 

@@ -40,9 +40,10 @@ class ThreadDriver:
             return result
 
     def _wait(self, wait: Wait) -> Event | None:
-        if wait.until == "event":
-            return wait.call.next(wait.timeout)
-        wait.call.send(wait.timeout)
+        _, call, until, timeout = wait
+        if until == "event":
+            return call.next(timeout)
+        call.send(timeout)
         return None
 
 
@@ -62,7 +63,7 @@ class LoopDriver:
             wait = next(steps)
             while True:
                 try:
-                    event = await self._watcher(wait.incarnation.channel).wait(wait)
+                    event = await self._watcher(wait[0].channel).wait(wait)
                 except BaseException as error:  # noqa: BLE001  # the steps decide
                     wait = steps.throw(error)
                 else:
@@ -101,19 +102,25 @@ class _Watcher:
 
     async def wait(self, wait: Wait) -> Event | None:
         """Do what `wait` asks, within its timeout."""
-        if wait.timeout is None:
-            return await self._wait(wait)
+        _, call, until, timeout = wait
+        if until == "event" and (event := self._spin(call)) is not None:
+            return event
+        work = self._event(call) if until == "event" else self._send(call)
+        if timeout is None:
+            return await work
         try:
-            async with asyncio.timeout(wait.timeout):
-                return await self._wait(wait)
+            async with asyncio.timeout(timeout):
+                return await work
         except TimeoutError as error:
             raise CallTimeout("timed out") from error
 
-    async def _wait(self, wait: Wait) -> Event | None:
-        if wait.until == "event":
-            return await self._event(wait.call)
-        await self._send(wait.call)
-        return None
+    def _spin(self, call: Call) -> Event | None:
+        """What has happened, or does within the few microseconds for which spinning pays."""
+        event = call.poll()
+        if event is None and call.spin():
+            self._tell_ready()
+            event = call.poll()
+        return event
 
     async def _send(self, call: Call) -> None:
         while not call.try_send():
@@ -142,13 +149,16 @@ class _Watcher:
             alive = self._channel.look(self.notifier)
         except InferpoolError:
             alive = False  # each call learns why from its own outcome
+        self._tell_ready()
+        if not alive:
+            self._detach()
+
+    def _tell_ready(self) -> None:
         for id in self.notifier.take_ready():
             if id == LoopNotifier.SPACE:
                 _tell(self._waiting_for_space)
             elif id in self._waiting:
                 _tell([self._waiting[id]])
-        if not alive:
-            self._detach()
 
     def _detach(self) -> None:
         # Descriptors of a dead worker stay readable; watching on would keep the loop busy.

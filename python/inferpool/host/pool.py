@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -107,8 +107,8 @@ def _options(log_dir: str | os.PathLike[str] | None, settings: Mapping[str, Any]
     return PoolOptions(log_dir=None if log_dir is None else Path(log_dir), **settings)
 
 
-def _anything(payload: Any) -> Any:
-    return payload
+def _as_they_are(items: Sequence[Any]) -> Sequence[Any]:
+    return items
 
 
 class Pool:
@@ -197,7 +197,7 @@ class Pool:
         """Ask a role for an answer of many items. Arguments and errors are those of `call`."""
         supervisor = self._core.supervisor(role)
         opening = partial(open_call, supervisor, self._driver, kind, payload)
-        return Stream(self._driver, opening, timeout, _anything)
+        return Stream(self._driver, opening, timeout, _as_they_are)
 
     def start(self, *, timeout: float | None = None) -> Self:
         """Start every role's worker, all at once, and wait until each has its session."""
@@ -311,7 +311,7 @@ class AsyncPool:
         """As `Pool.stream`, for ``async for``. The request is sent with the first item."""
         supervisor = self._core.supervisor(role)
         opening = partial(open_call, supervisor, self._driver, kind, payload)
-        return AsyncStream(self._driver, opening, timeout, _anything)
+        return AsyncStream(self._driver, opening, timeout, _as_they_are)
 
     async def start(self, *, timeout: float | None = None) -> Self:
         """As `Pool.start`."""

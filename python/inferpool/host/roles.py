@@ -139,7 +139,7 @@ class Chat:
         """
         request = _chat_request(messages, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
-        return Stream(self._driver, opening, timeout, _chat_delta)
+        return Stream(self._driver, opening, timeout, _chat_deltas)
 
 
 class AsyncChat:
@@ -170,7 +170,7 @@ class AsyncChat:
         """As `Chat.stream`, for ``async for``. The request is sent with the first item."""
         request = _chat_request(messages, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
-        return AsyncStream(self._driver, opening, timeout, _chat_delta)
+        return AsyncStream(self._driver, opening, timeout, _chat_deltas)
 
 
 def _embed_request(texts: Sequence[str], normalize: bool, truncate: bool) -> EmbedRequest:
@@ -202,5 +202,5 @@ def _chat(
     return read(payload, ChatResult)
 
 
-def _chat_delta(payload: Any) -> ChatDelta:
-    return read(payload, ChatDelta)
+def _chat_deltas(items: Sequence[Any]) -> Sequence[ChatDelta]:
+    return [read(item, ChatDelta) for item in items]

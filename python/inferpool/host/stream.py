@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from inferpool.host.calls import Deadline, OpenCall, Steps, next_item
+from inferpool.host.calls import Deadline, OpenCall, Steps, next_item, ready_items
 from inferpool.host.drive import LoopDriver, ThreadDriver
 
 __all__ = ["AsyncStream", "Stream"]
@@ -24,36 +25,51 @@ class Stream(Iterator[T], Generic[T]):
         driver: ThreadDriver,
         opening: Callable[[Deadline], Steps[OpenCall]],
         timeout: float | None,
-        convert: Callable[[Any], T],
+        convert: Callable[[Sequence[Any]], Sequence[T]],
     ) -> None:
         self._driver = driver
         self._convert = convert
         self._deadline = Deadline(timeout)
-        self._ended = False
+        self._ended = threading.Event()
         self._lock = threading.Lock()
+        # Items that came together with the last one.
+        self._ready: deque[T] = deque()
         self._opened = driver.run(opening(self._deadline))
 
     def __next__(self) -> T:
+        try:
+            return self._ready.popleft()
+        except IndexError:
+            return self._wait()
+
+    def _wait(self) -> T:
         with self._lock:  # threads that share a stream share its items
-            if self._ended:
+            if self._ended.is_set():
                 raise StopIteration
             try:
-                item = self._driver.run(next_item(self._opened, self._deadline))
+                items = ready_items(self._opened)
+                if not items:
+                    items = self._driver.run(next_item(self._opened, self._deadline))
+                if items is None:
+                    raise StopIteration
+                first, *others = self._convert(items)
             except BaseException:
                 self.close()
                 raise
-            if item is None:
-                self.close()
-                raise StopIteration
-            return self._convert(item[0])
+            self._ready.extend(others)
+            if self._ended.is_set():  # meanwhile, by another thread
+                self._ready.clear()
+        return first
 
     def cancel(self) -> None:
         """End the call from any thread; whoever iterates gets `CallCancelled`."""
         self._opened.call.cancel()
+        self._ready.clear()
 
     def close(self) -> None:
         """Stop the answer; iteration ends. Idempotent."""
-        self._ended = True
+        self._ended.set()
+        self._ready.clear()
         self._opened.abandon()
 
     def __enter__(self) -> Self:
@@ -76,7 +92,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         driver: LoopDriver,
         opening: Callable[[Deadline], Steps[OpenCall]],
         timeout: float | None,
-        convert: Callable[[Any], T],
+        convert: Callable[[Sequence[Any]], Sequence[T]],
     ) -> None:
         self._driver = driver
         self._convert = convert
@@ -84,10 +100,14 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         self._opening = opening
         self._ended = False
         self._lock = asyncio.Lock()
+        # Items that came together with the last one.
+        self._ready: deque[T] = deque()
         self._deadline: Deadline | None = None
         self._opened: OpenCall | None = None
 
     async def __anext__(self) -> T:
+        if self._ready:
+            return self._ready.popleft()
         async with self._lock:  # tasks that share a stream share its items
             if self._ended:
                 raise StopAsyncIteration
@@ -95,17 +115,21 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
                 if self._opened is None or self._deadline is None:
                     self._deadline = Deadline(self._timeout)
                     self._opened = await self._driver.run(self._opening(self._deadline))
-                item = await self._driver.run(next_item(self._opened, self._deadline))
+                items = ready_items(self._opened)
+                if not items:
+                    items = await self._driver.run(next_item(self._opened, self._deadline))
+                if items is None:
+                    raise StopAsyncIteration
+                first, *others = self._convert(items)
             except BaseException:
                 self.close()
                 raise
-            if item is None:
-                self.close()
-                raise StopAsyncIteration
-            return self._convert(item[0])
+            self._ready.extend(others)
+        return first
 
     def cancel(self) -> None:
         """End the call from any task; whoever iterates gets `CallCancelled`."""
+        self._ready.clear()
         if self._opened is None:
             self._ended = True
         else:
@@ -114,6 +138,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
     def close(self) -> None:
         """Stop the answer; iteration ends. Idempotent."""
         self._ended = True
+        self._ready.clear()
         if self._opened is not None:
             self._opened.abandon()
 

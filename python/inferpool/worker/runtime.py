@@ -38,6 +38,9 @@ WireKind = str
 RoleConfig = Start
 """What a session factory is told: role, options, log path and so on."""
 
+LOG_CHECK_SECONDS = 0.001
+"""Asking for the log's size takes a tenth of what a short request does."""
+
 _log = logging.getLogger("inferpool.worker")
 
 
@@ -51,8 +54,11 @@ class Session(Protocol):
 class Reply:
     """Answers one call. Whatever is sent belongs to that call and to no other."""
 
+    __slots__ = ("_request", "_send")
+
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._send = request.send
 
     @property
     def abort(self) -> AbortToken:
@@ -69,7 +75,7 @@ class Reply:
             CallCancelled: nobody waits for this answer any more.
             PoolClosed: the worker shuts down, or the call has ended.
         """
-        self._request.send(codec.encode(kind, payload))
+        self._send(codec.encode(kind, payload))
 
 
 KindHandler = Callable[[Reply, Any, "WorkerLoopState"], None]
@@ -134,11 +140,15 @@ def _dispatch(
     log: RoleLog,
 ) -> None:
     unexpected = 0
+    log_checked = 0.0
     while not channel.shutting_down:
         request = channel.receive()
         if request is not None:
             _serve(request, kind_handlers, state)
-            log.limit_size()
+            now = time.monotonic()
+            if now - log_checked > LOG_CHECK_SECONDS:
+                log.limit_size()
+                log_checked = now
         elif channel.unexpected_control != unexpected:
             unexpected = channel.unexpected_control
             _log.warning("dropped an unexpected control message (%d so far)", unexpected)
@@ -148,7 +158,7 @@ def _serve(
     request: Request, kind_handlers: Mapping[WireKind, KindHandler], state: WorkerLoopState
 ) -> None:
     try:
-        if request.abort.cancelled:
+        if request.cancelled:
             raise CallCancelled("given up before it was served")
         if request.parts:
             kind, payload = codec.decode(request.parts)
@@ -160,7 +170,7 @@ def _serve(
     except (CallCancelled, PoolClosed) as error:
         state.dropped += 1
         # A handler may also give up by itself, which its caller must learn.
-        if request.abort.cancelled:
+        if request.cancelled:
             _end_quietly(request)
         else:
             report_failure(request, error)

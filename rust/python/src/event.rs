@@ -5,10 +5,10 @@ use std::ffi::c_int;
 use inferpool_transport::body;
 use inferpool_transport::control::Progress;
 use inferpool_transport::{Body, Error, Event, Frame, Outcome};
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyMemoryError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyMemoryView, PySlice};
+use pyo3::types::{PyBytes, PyMemoryView, PySlice, PyTuple};
 
 use crate::python::Raised;
 
@@ -38,7 +38,7 @@ impl PyBody {
             ffi::PyBuffer_FillInfo(
                 view,
                 slf.as_ptr(),
-                body.as_mut_ptr().cast(),
+                body.shared_ptr().cast(),
                 length,
                 0,
                 flags,
@@ -53,10 +53,10 @@ impl PyBody {
 }
 
 /// A message of up to so many bytes is copied into a `bytes` object: that costs less than a view.
-const COPIED_MESSAGE: usize = 4096;
+const SHORT_MESSAGE: usize = 4096;
 
 /// The parts of a frame's body: views of the same memory, but for a short message.
-pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Vec<Py<PyAny>>> {
+pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Py<PyTuple>> {
     let body = frame.body.as_slice();
     let mut ranges = body::parse(body)
         .map_err(|violation| Raised::from(Error::from(violation)))?
@@ -65,7 +65,7 @@ pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Vec<Py<PyAny>>> {
     if ranges
         .as_slice()
         .first()
-        .is_some_and(|message| message.len() <= COPIED_MESSAGE)
+        .is_some_and(|message| message.len() <= SHORT_MESSAGE)
     {
         parts.extend(
             ranges
@@ -74,7 +74,11 @@ pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Vec<Py<PyAny>>> {
         );
     }
     if ranges.len() > 0 {
-        let whole = PyMemoryView::from(Bound::new(py, PyBody(frame.body))?.as_any())?;
+        let body = frame
+            .body
+            .settled()
+            .ok_or_else(|| PyMemoryError::new_err("no memory for a body"))?;
+        let whole = PyMemoryView::from(Bound::new(py, PyBody(body))?.as_any())?;
         // Not `PySlice::new`, which leaks its bounds in PyO3 0.30.
         let slice = py.get_type::<PySlice>();
         for range in ranges {
@@ -82,7 +86,32 @@ pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Vec<Py<PyAny>>> {
             parts.push(whole.get_item(bounds)?.unbind());
         }
     }
-    Ok(parts)
+    Ok(PyTuple::new(py, parts)?.unbind())
+}
+
+/// Whether a frame is nothing but a short message.
+pub fn is_short_message(frame: &Frame) -> bool {
+    let body = frame.body.as_slice();
+    body.len() <= SHORT_MESSAGE && matches!(body::parse(body).as_deref(), Ok([_]))
+}
+
+/// Messages that [`is_short_message`] accepted, as one msgpack array; `None` when there are none.
+pub fn messages<'py>(py: Python<'py>, frames: &[Frame]) -> PyResult<Option<Bound<'py, PyBytes>>> {
+    // Array 32: a marker and the number of items, big endian
+    // (https://github.com/msgpack/msgpack/blob/master/spec.md#array-format-family).
+    let Some(count) = u32::try_from(frames.len()).ok().filter(|&count| count > 0) else {
+        return Ok(None);
+    };
+    let mut array = vec![0xdd];
+    array.extend(count.to_be_bytes());
+    for frame in frames {
+        let body = frame.body.as_slice();
+        let ranges = body::parse(body).map_err(|violation| Raised::from(Error::from(violation)))?;
+        ranges
+            .into_iter()
+            .for_each(|range| array.extend(&body[range]));
+    }
+    Ok(Some(PyBytes::new(py, &array)))
 }
 
 /// How far a worker has come. Each count only grows.
@@ -115,7 +144,7 @@ impl From<Progress> for PyProgress {
 #[pyclass(frozen, get_all, name = "Event", module = "inferpool._transport")]
 pub struct PyEvent {
     kind: &'static str,
-    parts: Vec<Py<PyAny>>,
+    parts: Py<PyTuple>,
     progress: Option<Py<PyProgress>>,
 }
 
@@ -124,7 +153,7 @@ impl PyEvent {
     pub fn from_event(py: Python<'_>, event: Event) -> PyResult<Self> {
         let plain = |kind| Self {
             kind,
-            parts: Vec::new(),
+            parts: PyTuple::empty(py).unbind(),
             progress: None,
         };
         Ok(match event {
@@ -135,7 +164,7 @@ impl PyEvent {
                 let progress = Py::new(py, PyProgress::from(progress))?;
                 Self {
                     kind: "pong",
-                    parts: Vec::new(),
+                    parts: PyTuple::empty(py).unbind(),
                     progress: Some(progress),
                 }
             }

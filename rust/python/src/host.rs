@@ -8,10 +8,10 @@ use inferpool_transport::control::Control;
 use inferpool_transport::{Error, Event, Host, Notifier, Outgoing};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 
-use crate::event::PyEvent;
-use crate::python::{Parts, Raised, deadline, patiently, settings};
+use crate::event::{PyEvent, is_short_message, messages};
+use crate::python::{Parts, Raised, SENT_AT_ONCE, deadline, patiently, settings};
 
 /// The doorbell of an event loop.
 #[pyclass(frozen, name = "LoopNotifier", module = "inferpool._transport")]
@@ -67,17 +67,33 @@ impl PyHostChannel {
     }
 
     #[pyo3(signature = (parts, notifier=None))]
-    fn open(&self, parts: Parts, notifier: Option<&PyLoopNotifier>) -> PyCall {
-        PyCall {
+    fn open(
+        &self,
+        py: Python<'_>,
+        parts: Parts,
+        notifier: Option<&PyLoopNotifier>,
+    ) -> PyResult<PyCall> {
+        let notifier = notifier.map(|notifier| Arc::clone(&notifier.0));
+        let mut outgoing = Outgoing::default();
+        let sent = parts.with(py, |body| {
+            let small = body.total() <= SENT_AT_ONCE;
+            Ok(small
+                // What fails here fails in `send` again, which reports it.
+                && self.0.try_send_at_once(&mut outgoing, body, notifier.as_ref())
+                    .unwrap_or(false))
+        })?;
+        let id = outgoing.call();
+        let unsent = if sent { None } else { Some((outgoing, parts)) };
+        Ok(PyCall {
             host: Arc::clone(&self.0),
-            notifier: notifier.map(|notifier| Arc::clone(&notifier.0)),
+            notifier,
             state: Mutex::new(CallState {
-                unsent: Some((Outgoing::default(), parts)),
-                id: None,
+                unsent,
+                id,
                 finished: false,
             }),
             busy: false.into(),
-        }
+        })
     }
 
     #[pyo3(signature = (notifier=None))]
@@ -139,6 +155,10 @@ impl PyHostChannel {
     }
 }
 
+/// Messages that are handed over together: enough to make little of what a hand-over costs, and few
+/// enough to be a small part of a call's window.
+const MESSAGES: usize = 128;
+
 struct CallState {
     /// The request, until it is all out.
     unsent: Option<(Outgoing, Parts)>,
@@ -161,6 +181,11 @@ impl PyCall {
     #[getter]
     fn id(&self) -> u64 {
         self.state().id.unwrap_or(0)
+    }
+
+    #[getter]
+    fn sent(&self) -> bool {
+        self.state().unsent.is_none()
     }
 
     /// Sends what fits now.
@@ -218,6 +243,23 @@ impl PyCall {
             return Ok(None);
         };
         self.arrived(py, event).map(Some)
+    }
+
+    /// Short messages that have arrived, as one msgpack array; `None` when the next is none.
+    fn poll_messages<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let _turn = self.take_turn()?;
+        let frames = self
+            .host
+            .poll_frames(self.sent_id()?, MESSAGES, is_short_message)
+            .map_err(Raised::from)?;
+        messages(py, &frames)
+    }
+
+    /// Spins for an event as long as that pays; whether there is one.
+    fn spin(&self, py: Python<'_>) -> PyResult<bool> {
+        let _turn = self.take_turn()?;
+        let id = self.sent_id()?;
+        Ok(py.detach(|| self.host.spin(id)).map_err(Raised::from)?)
     }
 
     #[pyo3(signature = (timeout=None))]

@@ -8,10 +8,12 @@ use inferpool_transport::record::Kind;
 use inferpool_transport::{Inherited, ReplyPort, Worker};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
 
 use crate::abort::PyAbortToken;
 use crate::event::parts;
-use crate::python::{Parts, Raised, patiently, settings};
+use crate::python::{Parts, Raised, SENT_AT_ONCE, patiently, settings};
 
 /// The worker's end of a channel.
 #[pyclass(frozen, name = "WorkerChannel", module = "inferpool._transport")]
@@ -45,7 +47,7 @@ impl PyWorkerChannel {
         let Some(frame) = frame else { return Ok(None) };
         let port = ReplyPort::new(Arc::clone(&self.0), &frame.header);
         let parts = parts(py, frame)?;
-        let abort = Py::new(py, PyAbortToken::from(port.abort_token()))?;
+        let abort = PyOnceLock::new();
         Ok(Some(PyRequest { port, parts, abort }))
     }
 
@@ -78,9 +80,9 @@ impl PyWorkerChannel {
 pub struct PyRequest {
     port: ReplyPort,
     #[pyo3(get)]
-    parts: Vec<Py<PyAny>>,
-    #[pyo3(get)]
-    abort: Py<PyAbortToken>,
+    parts: Py<PyTuple>,
+    /// Made when it is first asked for, and kept: native code may hold its address.
+    abort: PyOnceLock<Py<PyAbortToken>>,
 }
 
 #[pymethods]
@@ -88,6 +90,17 @@ impl PyRequest {
     #[getter]
     fn call(&self) -> u64 {
         self.port.call()
+    }
+
+    #[getter]
+    fn abort(&self, py: Python<'_>) -> PyResult<Py<PyAbortToken>> {
+        let make = || Py::new(py, PyAbortToken::from(self.port.abort_token()));
+        Ok(self.abort.get_or_try_init(py, make)?.clone_ref(py))
+    }
+
+    #[getter]
+    fn cancelled(&self) -> bool {
+        self.port.is_cancelled()
     }
 
     fn send(&self, py: Python<'_>, parts: Parts) -> PyResult<()> {
@@ -105,6 +118,11 @@ impl PyRequest {
 
 impl PyRequest {
     fn send_frame(&self, py: Python<'_>, kind: Kind, body: &Gather<'_>) -> PyResult<()> {
+        if body.total() <= SENT_AT_ONCE
+            && let Some(sent) = self.port.try_send(kind, body)
+        {
+            return Ok(sent.map_err(Raised::from)?);
+        }
         patiently(py, None, |patience| self.port.send(kind, body, patience))
     }
 }

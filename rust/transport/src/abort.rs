@@ -17,6 +17,11 @@ pub(crate) struct Vitals {
     pub(crate) unexpected_control: AtomicU64,
 }
 
+/// Whether the host has marked the call, which is in this slot, as cancelled.
+pub(crate) fn is_cancelled(segment: &Segment, slot: u32, call: u64) -> bool {
+    segment.slot(slot).cancelled.load(Ordering::Relaxed) == call
+}
+
 /// Set once the worker shuts down or the call is cancelled; never cleared.
 ///
 /// The host marks a cancelled call in the shared segment, so the mark is seen at the next look,
@@ -41,9 +46,9 @@ impl AbortToken {
 
     /// Whether the host has cancelled this token's call.
     pub fn is_cancelled(&self) -> bool {
-        self.call.as_ref().is_some_and(|(segment, slot, call)| {
-            segment.slot(*slot).cancelled.load(Ordering::Relaxed) == *call
-        })
+        self.call
+            .as_ref()
+            .is_some_and(|(segment, slot, call)| is_cancelled(segment, *slot, *call))
     }
 
     /// Whether work for this token should stop.

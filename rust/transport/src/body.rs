@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use crate::error::Violation;
 
 /// Alignment of every part but the first.
@@ -19,7 +21,7 @@ pub const MAX_PARTS: usize = 4096;
 /// A body to be sent: borrowed pieces, in order, copied once, straight into the ring.
 #[derive(Debug)]
 pub struct Gather<'a> {
-    table: Vec<u8>,
+    table: SmallVec<[u8; 64]>,
     parts: &'a [&'a [u8]],
     total: usize,
 }
@@ -30,7 +32,7 @@ impl<'a> Gather<'a> {
         if parts.len() > MAX_PARTS {
             return None;
         }
-        let mut table = Vec::with_capacity(table_size(parts.len()));
+        let mut table = SmallVec::with_capacity(table_size(parts.len()));
         table.extend_from_slice(&(parts.len() as u32).to_le_bytes());
         table.extend_from_slice(&0u32.to_le_bytes());
         for part in parts {
@@ -50,7 +52,7 @@ impl<'a> Gather<'a> {
     /// A body without parts, as END frames have.
     pub fn empty() -> Self {
         Self {
-            table: Vec::new(),
+            table: SmallVec::new(),
             parts: &[],
             total: 0,
         }
@@ -83,10 +85,13 @@ impl<'a> Gather<'a> {
     }
 }
 
+/// Where each part lies in a body.
+pub type Spans = SmallVec<[Range<usize>; 2]>;
+
 /// Reads the part table of a received body and checks every span against it.
-pub fn parse(body: &[u8]) -> Result<Vec<Range<usize>>, Violation> {
+pub fn parse(body: &[u8]) -> Result<Spans, Violation> {
     if body.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Spans::new());
     }
     let (count, rest) = body.split_first_chunk::<4>().ok_or(Violation::Body)?;
     let count = u32::from_le_bytes(*count) as usize;
@@ -94,7 +99,7 @@ pub fn parse(body: &[u8]) -> Result<Vec<Range<usize>>, Violation> {
     if count > MAX_PARTS || lengths.len() < count * 8 {
         return Err(Violation::Body);
     }
-    let mut parts = Vec::with_capacity(count);
+    let mut parts = Spans::with_capacity(count);
     let mut end = table_size(count);
     for (index, length) in lengths.as_chunks::<8>().0[..count].iter().enumerate() {
         let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| Violation::Body)?;

@@ -437,7 +437,9 @@ impl Calls {
             return (frames, update);
         };
         while frames.len() < limit && call.frames.front().is_some_and(&wanted) {
-            let Some(frame) = call.frames.pop_front() else { break };
+            let Some(frame) = call.frames.pop_front() else {
+                break;
+            };
             update = call.consume(&frame).or(update);
             frames.push(frame);
         }
@@ -489,7 +491,11 @@ impl Calls {
         }
         self.questions = 0;
         self.table.retain(|_, call| !call.abandoned);
-        self.waited_for = self.table.values().filter(|call| call.waiter.is_some()).count();
+        self.waited_for = self
+            .table
+            .values()
+            .filter(|call| call.waiter.is_some())
+            .count();
         self.notify_space_waiters();
     }
 
@@ -509,5 +515,6 @@ impl Calls {
     }
 }
 
+#[cfg(not(loom))]
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@
 //! unread stream holds at most one window and one frame of the host's memory.
 
 /// Cost of unread frames at which the worker pauses.
-pub const WINDOW: u64 = 1 << 20;
+pub const WINDOW: u64 = if cfg!(loom) { 256 } else { 1 << 20 };
 
 /// Cost of a frame: its body, and what the host needs to keep it.
 pub fn cost(total: usize) -> u64 {

@@ -4,13 +4,13 @@
 //! the host asks something or dies; an idle worker's heartbeat uses no CPU.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use crate::abort::Vitals;
 use crate::control::{Control, Progress, SIZE};
 use crate::error::{Error, Result};
 use crate::platform::{self, Bell, ControlSocket, Datagram, Death, SignalGate};
 use crate::sync::Ordering;
+use crate::sync::thread::{Builder, JoinHandle};
 use crate::worker::Wakers;
 
 /// Exit status of a worker whose host died. Nobody is left to see it but a process listing.
@@ -55,7 +55,7 @@ impl Heartbeat {
         };
         // The new thread inherits the mask: signals are for the main thread.
         let gate = SignalGate::close();
-        let thread = std::thread::Builder::new()
+        let thread = Builder::new()
             .name("inferpool-heart".into())
             .stack_size(STACK)
             .spawn(move || beat.run())?;

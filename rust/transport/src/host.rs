@@ -15,7 +15,7 @@ pub use counters::Counters;
 pub use send::Outgoing;
 
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::assemble::{Assembler, Frame};
 use crate::calls::{Calls, End, Event, SlotUpdate};
@@ -26,12 +26,13 @@ use crate::platform::{self, ControlSocket, Death, Doorbell};
 use crate::ring::{Consumer, Producer, nudge};
 use crate::segment::{RingMemory, Segment};
 use crate::spin::{HOST_PATIENCE, Spinner};
-use crate::sync::{Mutex, Ordering};
+use crate::sync::{AtomicU64, Mutex, Ordering, TryLock};
 use crate::{Patience, Settings, lock};
 use counters::Tally;
 
-/// A worker that sent something this recently is taken to be alive.
-const FRESH: std::time::Duration = std::time::Duration::from_millis(1);
+/// A worker that sent something this recently is alive: ending a process takes longer. A model
+/// must not depend on the clock.
+const FRESH: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 100 });
 
 struct Reader {
     ring: Consumer<RingMemory>,
@@ -40,8 +41,6 @@ struct Reader {
     control_open: bool,
     /// Rings of the doorbell so far.
     rings: u64,
-    /// When the last batch of frames came.
-    heard: Instant,
 }
 
 /// See the module's text. Every method may be called from any thread.
@@ -51,7 +50,7 @@ pub struct Host {
     request_memory: RingMemory,
     reply_memory: RingMemory,
     sender: Mutex<Producer<RingMemory>>,
-    reader: Mutex<Reader>,
+    reader: TryLock<Reader>,
     calls: Mutex<Calls>,
     /// Wakes the worker for a request; rung by it for a reply, and for space.
     bell: Doorbell,
@@ -61,7 +60,10 @@ pub struct Host {
     /// What the worker is to inherit, until it has.
     #[cfg(not(loom))]
     worker_ends: Mutex<Option<[std::os::fd::OwnedFd; 4]>>,
-    death: OnceLock<Death>,
+    pub(crate) death: OnceLock<Death>,
+    created: Instant,
+    /// When the last batch of frames came, in nanoseconds since `created`.
+    heard: AtomicU64,
     tally: Tally,
     frame_limit: usize,
 }
@@ -79,13 +81,12 @@ impl Host {
             request_memory: segment.requests(),
             reply_memory: segment.replies(),
             sender: Mutex::new(Producer::new(segment.requests())),
-            reader: Mutex::new(Reader {
+            reader: TryLock::new(Reader {
                 ring: Consumer::new(segment.replies()),
                 assembler: Assembler::new(settings.frame_limit),
                 spinner: Spinner::new(settings.wait, HOST_PATIENCE),
                 control_open: true,
                 rings: 0,
-                heard: Instant::now(),
             }),
             segment,
             calls: Mutex::new(Calls::new()),
@@ -95,6 +96,8 @@ impl Host {
             #[cfg(not(loom))]
             worker_ends: Mutex::new(None),
             death: OnceLock::new(),
+            created: Instant::now(),
+            heard: AtomicU64::new(0),
             tally: Tally::default(),
             frame_limit: settings.frame_limit,
         }
@@ -267,6 +270,11 @@ impl Host {
         }
     }
 
+    #[cfg(loom)]
+    pub(crate) fn bell_source(&self) -> platform::Source<'_> {
+        self.bell.source()
+    }
+
     fn ring(&self, bell: &Doorbell) {
         self.tally.wakes_sent.add(1);
         bell.ring();
@@ -277,8 +285,8 @@ impl Host {
         let Some(death) = self.death.get() else {
             return Ok(());
         };
-        let heard = self.try_lead().map(|reader| reader.heard);
-        if heard.is_none_or(|heard| heard.elapsed() < FRESH) {
+        let heard = Duration::from_nanos(self.heard.load(Ordering::Relaxed));
+        if self.created.elapsed().saturating_sub(heard) < FRESH {
             return Ok(());
         }
         let [dead] = platform::wait([Some(death.source())], Some(Instant::now()), None)?;

@@ -8,43 +8,34 @@
 //! Layers, each of which knows only those before it: `record` and `ring` (bytes), `assemble` and
 //! `body` (frames), `calls` and `flow` (calls), `host` and `worker` (waiting).
 
-#[cfg(not(loom))]
 mod abort;
-#[cfg(not(loom))]
 mod assemble;
-#[cfg(not(loom))]
 pub mod body;
-#[cfg(not(loom))]
 mod buffer;
-#[cfg(not(loom))]
 mod calls;
 pub mod control;
 mod error;
-#[cfg(not(loom))]
 mod flow;
-#[cfg(not(loom))]
 mod heartbeat;
-#[cfg(not(loom))]
 mod host;
-#[cfg(all(test, loom))]
-mod loom_models;
-#[cfg(not(loom))]
+#[cfg(loom)]
+#[cfg(test)]
+mod model;
 mod notify;
-#[cfg(not(loom))]
+#[cfg_attr(loom, path = "model/platform.rs")]
 mod platform;
 pub mod record;
 pub mod ring;
-#[cfg(not(loom))]
+#[cfg_attr(loom, path = "model/segment.rs")]
 mod segment;
-#[cfg(not(loom))]
 mod spin;
 mod sync;
-#[cfg(not(loom))]
 mod worker;
 
 pub use error::{Error, Result, Violation};
 
 #[cfg(not(loom))]
+pub use self::worker::Inherited;
 pub use self::{
     abort::AbortToken,
     assemble::{Assembler, Frame},
@@ -54,11 +45,10 @@ pub use self::{
     notify::Notifier,
     platform::SignalGate,
     spin::WaitPolicy,
-    worker::{Inherited, ReplyPort, Worker},
+    worker::{ReplyPort, Worker},
 };
 
 /// What both ends of a channel agree on.
-#[cfg(not(loom))]
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     /// Bytes of the largest frame.
@@ -68,7 +58,6 @@ pub struct Settings {
 }
 
 /// How far one attempt to wait may go.
-#[cfg(not(loom))]
 #[derive(Debug, Clone, Copy)]
 pub enum Patience<'a> {
     /// Spin if it pays, then fail with [`Error::WouldPark`].

@@ -1,12 +1,13 @@
 //! Who is told when something happens to a call: a thread that sleeps, or an event loop.
 
+#[cfg(not(loom))]
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::error::Result;
 use crate::lock;
 use crate::platform::{Bell, Source};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, thread_local};
 
 /// A doorbell inside this process, and for an event loop the list of what rang it.
 #[derive(Debug)]
@@ -30,7 +31,11 @@ impl Notifier {
     /// The calling thread's own, made when it first waits.
     pub(crate) fn of_thread() -> Result<Arc<Self>> {
         thread_local! {
-            static OWN: std::cell::OnceCell<Arc<Notifier>> = const { std::cell::OnceCell::new() };
+            #[cfg_attr(
+                not(loom),
+                expect(clippy::missing_const_for_thread_local, reason = "loom's macro has no const")
+            )]
+            static OWN: std::cell::OnceCell<Arc<Notifier>> = std::cell::OnceCell::new();
         }
         OWN.with(|own| {
             if let Some(notifier) = own.get() {
@@ -46,10 +51,9 @@ impl Notifier {
 
     /// Calls that became ready since the last time, [`Self::SPACE`] among them.
     pub fn take_ready(&self) -> Vec<u64> {
-        self.bell.drain();
-        self.ready.as_ref().map_or_else(Vec::new, |ready| {
-            std::mem::take(&mut *lock(ready))
-        })
+        self.ready
+            .as_ref()
+            .map_or_else(Vec::new, |ready| std::mem::take(&mut *lock(ready)))
     }
 
     pub(crate) fn is_loop(&self) -> bool {
@@ -80,6 +84,7 @@ impl Notifier {
     }
 }
 
+#[cfg(not(loom))]
 impl AsFd for Notifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()

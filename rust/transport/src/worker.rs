@@ -5,20 +5,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::abort::{AbortToken, Vitals};
+use crate::abort::{AbortToken, Vitals, is_cancelled};
 use crate::assemble::{Assembler, Frame, fragment};
 use crate::body::Gather;
 use crate::error::{Error, Result, Violation};
 use crate::flow::{self, WINDOW};
 use crate::heartbeat::Heartbeat;
-use crate::lock;
 use crate::platform::{self, Bell, ControlSocket, Doorbell, Rings, SignalGate};
 use crate::record::{Header, Kind};
 use crate::ring::{Consumer, Producer};
 use crate::segment::{RingMemory, SLOTS, Segment};
 use crate::spin::{Spinner, WORKER_PATIENCE};
 use crate::sync::{Mutex, Ordering};
-use crate::{Patience, Settings};
+use crate::{Patience, Settings, lock, try_lock};
 
 /// The descriptors that a worker inherits.
 #[cfg(not(loom))]
@@ -34,6 +33,11 @@ pub struct Inherited {
     pub space_bell: OwnedFd,
 }
 
+struct Outbox {
+    ring: Producer<RingMemory>,
+    spinner: Spinner,
+}
+
 struct Inbox {
     ring: Consumer<RingMemory>,
     assembler: Assembler,
@@ -46,14 +50,14 @@ pub struct Worker {
     segment: Segment,
     vitals: Arc<Vitals>,
     inbox: Mutex<Inbox>,
-    outbox: Mutex<Producer<RingMemory>>,
+    outbox: Mutex<Outbox>,
     bell: Doorbell,
     space_bell: Doorbell,
     wakers: Arc<Wakers>,
     heartbeat: Mutex<Option<Heartbeat>>,
     /// Kept open after the heartbeat has ended: the host takes its closing for the end, and last
     /// frames may still follow.
-    _control: Arc<ControlSocket>,
+    control: Arc<ControlSocket>,
     frame_limit: usize,
 }
 
@@ -87,25 +91,17 @@ impl Worker {
         let segment = Segment::open(inherited.segment.as_fd())?;
         let control = ControlSocket::from_fd(inherited.control);
         let bells = [inherited.bell, inherited.space_bell].map(Doorbell::from_fd);
-        Self::assemble(segment, control, bells, host_pid, settings)
+        let worker = Self::assemble(segment, control, bells, settings)?;
+        worker.start_heartbeat(host_pid)?;
+        Ok(worker)
     }
 
     pub(crate) fn assemble(
         segment: Segment,
         control: ControlSocket,
         [bell, space_bell]: [Doorbell; 2],
-        host_pid: i32,
         settings: Settings,
     ) -> Result<Arc<Self>> {
-        let vitals = Arc::new(Vitals::default());
-        let wakers = Arc::new(Wakers::new()?);
-        let control = Arc::new(control);
-        let heartbeat = Heartbeat::start(
-            Arc::clone(&control),
-            host_pid,
-            Arc::clone(&vitals),
-            Arc::clone(&wakers),
-        )?;
         Ok(Arc::new(Self {
             inbox: Mutex::new(Inbox {
                 ring: Consumer::new(segment.requests()),
@@ -113,16 +109,27 @@ impl Worker {
                 spinner: Spinner::new(settings.wait, WORKER_PATIENCE),
                 seen_unexpected: 0,
             }),
-            outbox: Mutex::new(Producer::new(segment.replies())),
+            outbox: Mutex::new(Outbox {
+                ring: Producer::new(segment.replies()),
+                spinner: Spinner::new(settings.wait, WORKER_PATIENCE),
+            }),
             segment,
-            vitals,
+            vitals: Arc::default(),
             bell,
             space_bell,
-            wakers,
-            heartbeat: Mutex::new(Some(heartbeat)),
-            _control: control,
+            wakers: Arc::new(Wakers::new()?),
+            heartbeat: Mutex::new(None),
+            control: Arc::new(control),
             frame_limit: settings.frame_limit,
         }))
+    }
+
+    pub(crate) fn start_heartbeat(&self, host_pid: i32) -> Result<()> {
+        let control = Arc::clone(&self.control);
+        let (vitals, wakers) = (Arc::clone(&self.vitals), Arc::clone(&self.wakers));
+        let heartbeat = Heartbeat::start(control, host_pid, vitals, wakers)?;
+        *lock(&self.heartbeat) = Some(heartbeat);
+        Ok(())
     }
 
     /// The next request, or `None` when there is something else to look at: the worker is to shut
@@ -246,6 +253,29 @@ impl ReplyPort {
         )
     }
 
+    /// Whether this call was cancelled.
+    pub fn is_cancelled(&self) -> bool {
+        is_cancelled(&self.worker.segment, self.slot, self.call)
+    }
+
+    /// As [`Self::send`], if that takes no waiting at all, not even for another sender. `None` when
+    /// it would; then `send` goes on.
+    pub fn try_send(&self, kind: Kind, body: &Gather<'_>) -> Option<Result<()>> {
+        if body.total() > self.worker.frame_limit {
+            return None;
+        }
+        let mut state = try_lock(&self.state)?;
+        let mut outbox = try_lock(&self.worker.outbox)?;
+        let sent = self
+            .check_sendable(&state, kind)
+            .and_then(|()| self.advance(&mut state, &mut outbox.ring, kind, body));
+        match sent {
+            Ok(true) => Some(Ok(())),
+            Ok(false) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+
     /// Sends one frame, waiting for the reader's window and for space in the ring. A wait that
     /// ends early ([`Error::WouldPark`], [`Error::Interrupted`]) is continued by calling again with
     /// the same arguments.
@@ -263,22 +293,25 @@ impl ReplyPort {
         // Held while parked too: one sender at a time waits on the one doorbell.
         let mut outbox = lock(&self.worker.outbox);
         loop {
-            self.check_sendable(&mut state, kind)?;
-            if self.advance(&mut state, &mut outbox, kind, body)? {
+            self.check_sendable(&state, kind)?;
+            if self.advance(&mut state, &mut outbox.ring, kind, body)? {
                 return Ok(());
             }
-            let Patience::Park { until, gate } = patience else {
-                return Err(Error::WouldPark);
-            };
-            let length = outbox.max_body();
+            let Outbox { ring, spinner } = &mut *outbox;
+            let length = ring.max_body();
             // A frame that has to leave whatever happens goes on waiting after a cancellation.
             let may_stop = state.at.is_none() && !kind.is_terminal();
-            let armed = outbox.arm(|ring| {
-                Ok(self.worker.is_shutting_down()
-                    || (may_stop && self.abort_token().is_cancelled())
+            let may_go_on = |ring: &mut Producer<RingMemory>| {
+                Ok((may_stop && self.is_cancelled())
                     || (self.has_credit(&state, kind) && ring.fits(length)?))
-            })?;
-            if armed {
+            };
+            let Patience::Park { until, gate } = patience else {
+                if spinner.spin(|| may_go_on(ring).unwrap_or(true)) {
+                    continue;
+                }
+                return Err(Error::WouldPark);
+            };
+            if ring.arm(|ring| Ok(self.worker.is_shutting_down() || may_go_on(ring)?))? {
                 let worker = &self.worker;
                 park(&worker.space_bell, &worker.wakers.outbox, until, gate)?;
             } else if self.worker.is_shutting_down() {
@@ -288,17 +321,16 @@ impl ReplyPort {
         }
     }
 
-    fn check_sendable(&self, state: &mut ReplyState, kind: Kind) -> Result<()> {
+    fn check_sendable(&self, state: &ReplyState, kind: Kind) -> Result<()> {
         if state.ended {
             return Err(Error::Closed);
         }
         // A frame that is partly out is finished, and a last frame always leaves.
         if state.at.is_none() && !kind.is_terminal() {
-            let token = self.abort_token();
-            if token.is_cancelled() {
+            if self.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            if token.is_set() {
+            if self.worker.is_shutting_down() {
                 return Err(Error::Closed);
             }
         }

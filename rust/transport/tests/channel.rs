@@ -3,10 +3,8 @@
 // Helpers of tests are tests too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
@@ -14,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use inferpool_transport::body::{Gather, parse};
 use inferpool_transport::control::Control;
-use inferpool_transport::record::{FIRST, Header, Kind, LAST};
+use inferpool_transport::record::Kind;
 use inferpool_transport::{
     End, Error, Event, Frame, Host, Notifier, Outcome, Outgoing, Patience, ReplyPort, Settings,
-    Violation, WaitPolicy, Worker,
+    WaitPolicy, Worker,
 };
 
 /// Longest that any test may take.
@@ -138,11 +136,6 @@ impl Pair {
     /// The host alone, after the worker has gone and its descriptors are closed.
     fn without_worker(self) -> Arc<Host> {
         Arc::clone(&self.host)
-    }
-
-    /// The segment's file, for a worker that does not keep to the format.
-    fn segment(&self) -> File {
-        File::from(self.host.inheritance().unwrap().segment)
     }
 }
 
@@ -866,108 +859,5 @@ fn loop_until_done(host: &Host, event_loop: &Arc<Notifier>, call: u64) {
         rustix::event::poll(&mut fds.collect::<Vec<_>>(), None).unwrap();
         host.look(event_loop).unwrap();
         event_loop.take_ready();
-    }
-}
-
-/// Where a worker that knows the format would write, see `segment`.
-mod layout {
-    pub const REPLY_TAIL: u64 = 4096 + 512;
-    pub const DATA: u64 = 24_576;
-}
-
-/// Publishes a record that the worker's code would not write.
-fn forge(pair: &Pair, header: Header) {
-    let segment = pair.segment();
-    let capacity = (segment.metadata().unwrap().len() - layout::DATA) / 2;
-    let data = layout::DATA + capacity;
-    segment.write_all_at(&header.to_wire(), data).unwrap();
-    let tail = header.span() as u64;
-    segment
-        .write_all_at(&tail.to_ne_bytes(), layout::REPLY_TAIL)
-        .unwrap();
-}
-
-fn violation(pair: &Pair, call: u64) -> Violation {
-    match pair.host.wait(call, PATIENT) {
-        Ok(Event::Done(Outcome::Lost(End::Violated(violation)))) => violation,
-        other => panic!("{other:?}"),
-    }
-}
-
-#[test]
-fn a_worker_that_breaks_the_format_is_found_out() {
-    let honest = Header {
-        length: 0,
-        kind: Kind::Data,
-        flags: FIRST | LAST,
-        call: 0,
-        sequence: 0,
-        slot: 0,
-        total: 0,
-    };
-    type Forgery = fn(Header) -> Header;
-    let cases: [(Violation, Forgery); 6] = [
-        (Violation::Kind, |header| Header {
-            kind: Kind::Request,
-            ..header
-        }),
-        (Violation::UnknownCall, |header| Header {
-            call: header.call + 1,
-            ..header
-        }),
-        (Violation::UnknownCall, |header| Header {
-            slot: header.slot + 1,
-            ..header
-        }),
-        (Violation::Sequence, |header| Header {
-            sequence: 1,
-            ..header
-        }),
-        (Violation::Fragment, |header| Header { flags: 0, ..header }),
-        (Violation::TooLarge, |header| Header {
-            flags: FIRST,
-            total: u64::MAX,
-            ..header
-        }),
-    ];
-    for (expected, forgery) in cases {
-        let pair = pair(4096);
-        let call = send(&pair.host, &[]);
-        let other = send(&pair.host, &[]);
-        let (request, _port) = pair.receive();
-        forge(
-            &pair,
-            forgery(Header {
-                call,
-                slot: request.header.slot,
-                ..honest
-            }),
-        );
-        // No call has this id with this slot: the other one's slot is another.
-        assert_eq!(violation(&pair, call), expected);
-        assert_eq!(pair.host.end(), Some(End::Violated(expected)));
-        assert_eq!(violation(&pair, other), expected);
-    }
-}
-
-#[test]
-fn garbage_in_the_reply_ring_is_found_out() {
-    let cases: [(u64, Violation); 4] = [
-        (32, Violation::Kind),
-        (33, Violation::Position),
-        (8192, Violation::Position),
-        (u64::MAX, Violation::Position),
-    ];
-    for (tail, expected) in cases {
-        let pair = pair(4096);
-        let call = send(&pair.host, &[]);
-        let segment = pair.segment();
-        segment
-            .write_all_at(&[0xa5; 4096], layout::DATA + 4096)
-            .unwrap();
-        segment
-            .write_all_at(&tail.to_ne_bytes(), layout::REPLY_TAIL)
-            .unwrap();
-        assert_eq!(violation(&pair, call), expected, "tail {tail}");
     }
 }

@@ -1,5 +1,3 @@
-
-
 use super::*;
 use crate::buffer::Body;
 use crate::platform;
@@ -526,6 +524,7 @@ fn a_waiter_is_told_of_frames_and_of_the_end() {
     bench.receives(call, Kind::End, 1);
     bench.calls.finish(End::Closed);
     assert_eq!(waiter.take_ready(), [call.0]);
+    waiter.drain();
     assert!(!is_rung(&waiter));
 }
 

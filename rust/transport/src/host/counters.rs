@@ -62,7 +62,8 @@ pub(super) struct Count(AtomicU64);
 impl Count {
     /// Adds where only one thread at a time does, which spares a locked instruction.
     pub(super) fn add_alone(&self, more: u64) {
-        self.0.store(self.get().wrapping_add(more), Ordering::Relaxed);
+        self.0
+            .store(self.get().wrapping_add(more), Ordering::Relaxed);
     }
 
     /// Adds where several threads may.

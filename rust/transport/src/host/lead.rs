@@ -11,8 +11,8 @@ use crate::notify::Notifier;
 use crate::platform::{self, Datagram, Death, Rings, SignalGate};
 use crate::record::{FIRST, LAST};
 use crate::ring::asleep_before;
-use crate::sync::MutexGuard;
-use crate::{Patience, lock, try_lock};
+use crate::sync::{Ordering, TryLockGuard};
+use crate::{Patience, lock};
 
 /// Control messages read before the ring gets a look again.
 const CONTROL_BATCH: usize = 64;
@@ -28,6 +28,9 @@ impl Host {
     /// makes a descriptor readable. For event loops; `false` once the channel has ended.
     pub fn look(&self, me: &Arc<Notifier>) -> Result<bool> {
         self.check_owner()?;
+        // First: a leader that leaves after it was found here rings again, and that must not be
+        // taken for a ring that came before.
+        me.drain();
         // A leader, if there is one, hands frames over and wakes this loop before it leaves.
         if let Some(mut reader) = self.try_lead() {
             let looked = self.look_until_armed(&mut reader, me);
@@ -84,7 +87,7 @@ impl Host {
 
     fn lead<T>(
         &self,
-        mut reader: MutexGuard<'_, Reader>,
+        mut reader: TryLockGuard<'_, Reader>,
         me: &Arc<Notifier>,
         patience: Patience<'_>,
         goal: &mut dyn FnMut() -> Option<T>,
@@ -154,8 +157,8 @@ impl Host {
         })
     }
 
-    pub(super) fn try_lead(&self) -> Option<MutexGuard<'_, Reader>> {
-        try_lock(&self.reader)
+    pub(super) fn try_lead(&self) -> Option<TryLockGuard<'_, Reader>> {
+        self.reader.try_lock()
     }
 
     /// After this thread stopped reading the ring: if nobody else does, somebody who waits must.
@@ -176,7 +179,9 @@ impl Host {
     }
 
     fn take_records(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool, Violation> {
-        reader.heard = Instant::now();
+        // 584 years fit.
+        let heard = self.created.elapsed().as_nanos() as u64;
+        self.heard.store(heard, Ordering::Relaxed);
         let mut calls = lock(&self.calls);
         for _ in 0..RECORD_BATCH {
             if calls.end().is_some() {

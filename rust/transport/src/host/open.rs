@@ -27,7 +27,12 @@ impl Host {
     /// [`Self::watch`] closes them here.
     pub fn with_inheritance<T>(&self, use_fds: impl FnOnce([BorrowedFd<'_>; 4]) -> T) -> Result<T> {
         let ends = lock(&self.worker_ends);
-        Ok(use_fds(ends.as_ref().ok_or(Error::Closed)?.each_ref().map(OwnedFd::as_fd)))
+        Ok(use_fds(
+            ends.as_ref()
+                .ok_or(Error::Closed)?
+                .each_ref()
+                .map(OwnedFd::as_fd),
+        ))
     }
 
     /// The same descriptors, duplicated, for a worker in this process.

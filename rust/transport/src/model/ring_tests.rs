@@ -1,117 +1,18 @@
-//! Models of the ring and of its park/wake protocol, which loom runs in every order that the
-//! memory model allows, up to a bound on preemptions (`LOOM_MAX_PREEMPTIONS`, 3 unless set).
-//!
-//! The code under test is the production ring; only the memory is loom's. Each 32 bytes of data are
-//! an `UnsafeCell` of loom's, which fails a model when two threads touch it unordered; a wake-up
-//! that gets lost leaves every thread blocked, which loom reports as a deadlock.
+//! Models of the ring and of its park/wake protocol.
 
-use loom::cell::UnsafeCell;
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
+use super::{Seen, assert_slept_and_was_spared, bounded, explore};
 use crate::record::{ALIGN, FIRST, HEADER, Header, Kind, LAST};
 use crate::ring::{Consumer, Memory, Producer, nudge};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::segment::RingMemory;
+use crate::sync::{AtomicU64, Ordering};
 
-/// The smallest ring: four cells, so a record with a body takes half of it.
+/// Four cells, so a record with a body takes half of it.
 const CAPACITY: usize = 4 * ALIGN;
 /// Bytes of body that make a record take half of the ring.
 const HALF: usize = CAPACITY / 2 - HEADER;
-
-struct Shared {
-    tail: AtomicU64,
-    head: AtomicU64,
-    consumer_armed: AtomicU32,
-    producer_armed: AtomicU32,
-    cells: Vec<UnsafeCell<[u8; ALIGN]>>,
-}
-
-// SAFETY: loom checks every access to the cells, which is what the models are for.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-#[derive(Clone)]
-struct Modelled(Arc<Shared>);
-
-impl Modelled {
-    fn new() -> Self {
-        Self(Arc::new(Shared {
-            tail: AtomicU64::new(0),
-            head: AtomicU64::new(0),
-            consumer_armed: AtomicU32::new(0),
-            producer_armed: AtomicU32::new(0),
-            cells: (0..CAPACITY / ALIGN)
-                .map(|_| UnsafeCell::new([0; ALIGN]))
-                .collect(),
-        }))
-    }
-
-    /// Splits `length` bytes from `offset` into the cells they lie in: the cell, where to start in
-    /// it, and the span of the whole.
-    fn pieces(
-        offset: usize,
-        length: usize,
-    ) -> impl Iterator<Item = (usize, usize, std::ops::Range<usize>)> {
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            let position = offset + at;
-            let within = position % ALIGN;
-            let piece = at..length.min(at + ALIGN - within);
-            at = piece.end;
-            (!piece.is_empty()).then_some((position / ALIGN, within, piece))
-        })
-    }
-}
-
-// SAFETY: the words are the ring's own; cells are indexed with bounds checks, and a piece never
-// passes the end of its cell.
-unsafe impl Memory for Modelled {
-    fn tail(&self) -> &AtomicU64 {
-        &self.0.tail
-    }
-
-    fn head(&self) -> &AtomicU64 {
-        &self.0.head
-    }
-
-    fn consumer_armed(&self) -> &AtomicU32 {
-        &self.0.consumer_armed
-    }
-
-    fn producer_armed(&self) -> &AtomicU32 {
-        &self.0.producer_armed
-    }
-
-    fn capacity(&self) -> usize {
-        CAPACITY
-    }
-
-    unsafe fn write(&self, offset: usize, source: &[u8]) {
-        for (cell, within, piece) in Self::pieces(offset, source.len()) {
-            let source = &source[piece];
-            self.0.cells[cell].with_mut(|bytes| {
-                // SAFETY: loom has checked that the cell is this thread's.
-                unsafe { (&mut *bytes)[within..within + source.len()].copy_from_slice(source) }
-            });
-        }
-    }
-
-    unsafe fn read(&self, offset: usize, target: *mut u8, length: usize) {
-        for (cell, within, piece) in Self::pieces(offset, length) {
-            self.0.cells[cell].with(|bytes| {
-                // SAFETY: loom has checked that nobody writes to the cell; the caller vouches for
-                // the target.
-                unsafe {
-                    let source = &(&*bytes)[within..within + piece.len()];
-                    target
-                        .add(piece.start)
-                        .copy_from_nonoverlapping(source.as_ptr(), source.len());
-                }
-            });
-        }
-    }
-}
 
 /// As the eventfd of production: rings are not lost, and one wait takes all of them.
 #[derive(Clone)]
@@ -136,63 +37,6 @@ impl Bell {
     }
 }
 
-/// What happened in any of a model's executions, to prove that the model reaches what it is about.
-#[derive(Default)]
-struct Seen {
-    executions: std::sync::atomic::AtomicUsize,
-    sleeps: std::sync::atomic::AtomicUsize,
-    spared: std::sync::atomic::AtomicUsize,
-}
-
-impl Seen {
-    fn count(counter: &std::sync::atomic::AtomicUsize) {
-        counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    }
-
-    /// Notes how an attempt to arm ended, and passes that on.
-    fn armed(&self, armed: bool) -> bool {
-        Self::count(if armed { &self.sleeps } else { &self.spared });
-        armed
-    }
-}
-
-/// Runs the model in every order and returns how often it ran, slept and was spared a sleep.
-fn explore(
-    name: &str,
-    model: impl Fn(&std::sync::Arc<Seen>) + Send + Sync + 'static,
-) -> (usize, usize, usize) {
-    let seen = std::sync::Arc::new(Seen::default());
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound.get_or_insert(3);
-    builder.check({
-        let seen = std::sync::Arc::clone(&seen);
-        move || {
-            Seen::count(&seen.executions);
-            model(&seen);
-        }
-    });
-    let read = |counter: &std::sync::atomic::AtomicUsize| {
-        counter.load(std::sync::atomic::Ordering::Relaxed)
-    };
-    let counts = (
-        read(&seen.executions),
-        read(&seen.sleeps),
-        read(&seen.spared),
-    );
-    let (executions, sleeps, spared) = counts;
-    println!("{name}: {executions} executions, {sleeps} sleeps, {spared} spared");
-    counts
-}
-
-/// For models with a sleeper: both outcomes of arming must have come up.
-fn assert_slept_and_was_spared((executions, sleeps, spared): (usize, usize, usize)) {
-    assert!(executions > 10, "only {executions} executions");
-    assert!(
-        sleeps > 0 && spared > 0,
-        "{sleeps} sleeps, {spared} spared of one"
-    );
-}
-
 fn body(sequence: u32, length: usize) -> Vec<u8> {
     (0..length)
         .map(|at| (sequence as usize * 37 + at + 1) as u8)
@@ -200,7 +44,7 @@ fn body(sequence: u32, length: usize) -> Vec<u8> {
 }
 
 /// Pushes record number `sequence`; `None` when the ring is full.
-fn try_push(ring: &mut Producer<Modelled>, sequence: u32, length: usize) -> Option<bool> {
+fn try_push(ring: &mut Producer<RingMemory>, sequence: u32, length: usize) -> Option<bool> {
     let header = Header {
         length: length as u32,
         kind: Kind::Data,
@@ -221,7 +65,7 @@ fn try_push(ring: &mut Producer<Modelled>, sequence: u32, length: usize) -> Opti
 
 /// Takes the next record, checks that it is number `sequence` with its body intact, and releases
 /// it; `None` when nothing is published.
-fn try_pop(ring: &mut Consumer<Modelled>, sequence: u32, length: usize) -> Option<bool> {
+fn try_pop(ring: &mut Consumer<RingMemory>, sequence: u32, length: usize) -> Option<bool> {
     let record = ring.peek().unwrap()?;
     assert_eq!(
         (record.header.sequence, record.header.length as usize),
@@ -235,7 +79,7 @@ fn try_pop(ring: &mut Consumer<Modelled>, sequence: u32, length: usize) -> Optio
 }
 
 fn push_or_sleep(
-    ring: &mut Producer<Modelled>,
+    ring: &mut Producer<RingMemory>,
     (sequence, length): (u32, usize),
     space: &Bell,
     seen: &Seen,
@@ -252,7 +96,7 @@ fn push_or_sleep(
 }
 
 fn pop_or_sleep(
-    ring: &mut Consumer<Modelled>,
+    ring: &mut Consumer<RingMemory>,
     (sequence, length): (u32, usize),
     published: &Bell,
     seen: &Seen,
@@ -274,8 +118,8 @@ fn pop_or_sleep(
 fn loom_records_arrive_in_order_across_the_wrap() {
     // The third does not fit behind the first two: 32 bytes of padding go before it.
     const LENGTHS: [usize; 4] = [0, HALF, HALF - 5, 0];
-    let (executions, ..) = explore("in order", |_| {
-        let memory = Modelled::new();
+    let (executions, ..) = explore("in order", bounded(), |_| {
+        let memory = RingMemory::new(CAPACITY);
         let mut writer = Producer::new(memory.clone());
         let mut reader = Consumer::new(memory.clone());
         let producer = thread::spawn(move || {
@@ -300,11 +144,46 @@ fn loom_records_arrive_in_order_across_the_wrap() {
     assert!(executions > 10, "only {executions} executions");
 }
 
+/// (a) Every order, without a bound, of four records through a ring that holds `records` of them;
+/// of three in a short run.
+fn exhaust(name: &str, records: usize) {
+    let operations = if bounded() >= Some(3) { 4 } else { 3 };
+    let (executions, ..) = explore(name, None, move |_| {
+        let memory = RingMemory::new(records * 2 * ALIGN);
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory);
+        let producer = thread::spawn(move || {
+            for sequence in 0..operations {
+                while try_push(&mut writer, sequence, ALIGN).is_none() {
+                    thread::yield_now();
+                }
+            }
+        });
+        for sequence in 0..operations {
+            while try_pop(&mut reader, sequence, ALIGN).is_none() {
+                thread::yield_now();
+            }
+        }
+        producer.join().unwrap();
+    });
+    assert!(executions > 10, "only {executions} executions");
+}
+
+#[test]
+fn loom_exhausts_a_ring_of_one_record() {
+    exhaust("ring of one record", 1);
+}
+
+#[test]
+fn loom_exhausts_a_ring_of_two_records() {
+    exhaust("ring of two records", 2);
+}
+
 /// (b) A consumer that sleeps on an empty ring is woken for every record: SYNC POINT C.
 #[test]
 fn loom_sleeping_consumer_is_woken() {
-    let counts = explore("sleeping consumer", |seen| {
-        let memory = Modelled::new();
+    let counts = explore("sleeping consumer", bounded(), |seen| {
+        let memory = RingMemory::new(CAPACITY);
         let published = Bell::new();
         let mut writer = Producer::new(memory.clone());
         let mut reader = Consumer::new(memory);
@@ -330,8 +209,8 @@ fn loom_sleeping_consumer_is_woken() {
 /// first sleep never stands in for the second.
 #[test]
 fn loom_consumer_that_gave_up_is_woken_the_next_time() {
-    let counts = explore("consumer that gave up", |seen| {
-        let memory = Modelled::new();
+    let counts = explore("consumer that gave up", bounded(), |seen| {
+        let memory = RingMemory::new(CAPACITY);
         let published = Bell::new();
         let mut writer = Producer::new(memory.clone());
         let mut reader = Consumer::new(memory);
@@ -355,8 +234,8 @@ fn loom_consumer_that_gave_up_is_woken_the_next_time() {
 /// (c) A producer that sleeps on a full ring is woken when a record is released: SYNC POINT D.
 #[test]
 fn loom_sleeping_producer_is_woken() {
-    let counts = explore("sleeping producer", |seen| {
-        let memory = Modelled::new();
+    let counts = explore("sleeping producer", bounded(), |seen| {
+        let memory = RingMemory::new(CAPACITY);
         let space = Bell::new();
         let mut writer = Producer::new(memory.clone());
         let mut reader = Consumer::new(memory);
@@ -390,8 +269,8 @@ fn loom_sleeping_producer_is_woken() {
 #[test]
 fn loom_producer_that_waits_for_credit_is_woken() {
     const ENOUGH: u64 = 2;
-    let counts = explore("credit", |seen| {
-        let memory = Modelled::new();
+    let counts = explore("credit", bounded(), |seen| {
+        let memory = RingMemory::new(CAPACITY);
         let credit = Arc::new(AtomicU64::new(0));
         let space = Bell::new();
         let mut writer = Producer::new(memory.clone());
@@ -423,8 +302,8 @@ fn loom_producer_that_waits_for_credit_is_woken() {
 #[test]
 fn loom_both_sides_sleep_on_one_ring() {
     const LENGTHS: [usize; 4] = [HALF, 0, HALF, HALF];
-    let counts = explore("both sides", |seen| {
-        let memory = Modelled::new();
+    let counts = explore("both sides", bounded(), |seen| {
+        let memory = RingMemory::new(CAPACITY);
         let (published, space) = (Bell::new(), Bell::new());
         let mut writer = Producer::new(memory.clone());
         let mut reader = Consumer::new(memory);
@@ -451,8 +330,8 @@ fn loom_both_sides_sleep_on_one_ring() {
 /// (e) Question and answer over two rings: each side sleeps until the other has spoken.
 #[test]
 fn loom_ping_pong() {
-    let counts = explore("ping-pong", |seen| {
-        let (questions, answers) = (Modelled::new(), Modelled::new());
+    let counts = explore("ping-pong", bounded(), |seen| {
+        let (questions, answers) = (RingMemory::new(CAPACITY), RingMemory::new(CAPACITY));
         let (asked, answered) = (Bell::new(), Bell::new());
         let mut ask = Producer::new(questions.clone());
         let mut hear = Consumer::new(questions);

@@ -1,0 +1,649 @@
+//! A worker that was taken over: whatever it writes, sends and closes, the host neither crashes nor
+//! hangs nor reads outside of the segment, and says what was wrong.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use inferpool_transport::body::{Gather, parse};
+use inferpool_transport::control::{Control, Progress, SIZE};
+use inferpool_transport::record::{FIRST, HEADER, Header, Kind, LAST};
+use inferpool_transport::{
+    End, Error, Event, Host, Notifier, Outcome, Outgoing, Patience, Settings, Violation, WaitPolicy,
+};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::net::{
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, send, sendmsg, shutdown,
+};
+
+/// Where things are, see `segment`.
+const REQUEST_TAIL: usize = 4096;
+const REPLY_TAIL: usize = 4096 + 512;
+const STEP: usize = 128;
+const DATA: usize = 24_576;
+const CAPACITY: usize = 4096;
+const REPLIES: usize = DATA + CAPACITY;
+const END: usize = REPLIES + CAPACITY;
+const WINDOW: usize = 1 << 20;
+const FRAME_LIMIT: usize = 4 << 20;
+
+/// A host, and the worker's end in hostile hands.
+struct Attack {
+    host: Arc<Host>,
+    notifier: Arc<Notifier>,
+    inherited: inferpool_transport::Inherited,
+    start: *mut u8,
+    /// Where the next forged record goes.
+    tail: u64,
+}
+
+impl Drop for Attack {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this length.
+        unsafe { munmap(self.start.cast(), END) }.unwrap();
+    }
+}
+
+impl Attack {
+    fn new() -> Self {
+        let settings = Settings {
+            frame_limit: FRAME_LIMIT,
+            wait: WaitPolicy::Park,
+        };
+        let host = Host::create(CAPACITY, settings).unwrap();
+        let inherited = host.inheritance().unwrap();
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let start = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                END,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &inherited.segment,
+                0,
+            )
+        };
+        Self {
+            host,
+            notifier: Notifier::for_loop().unwrap(),
+            inherited,
+            start: start.unwrap().cast(),
+            tail: 0,
+        }
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= END);
+        for (offset, &byte) in bytes.iter().enumerate() {
+            // SAFETY: within the mapping, which is nobody's Rust object.
+            unsafe { self.start.add(at + offset).write_volatile(byte) };
+        }
+    }
+
+    fn read(&self, at: usize) -> u64 {
+        // SAFETY: as above; every word lies at a multiple of eight.
+        unsafe { self.start.add(at).cast::<u64>().read_volatile() }
+    }
+
+    fn set(&self, at: usize, word: u64) {
+        self.write(at, &word.to_le_bytes());
+    }
+
+    fn try_send(&self, bytes: &[u8]) -> Result<Option<u64>, Error> {
+        let mut outgoing = Outgoing::default();
+        let parts = [bytes];
+        let sent = self.host.try_send(
+            &mut outgoing,
+            &Gather::new(&parts).unwrap(),
+            Some(&self.notifier),
+        );
+        let call = outgoing.call();
+        Ok(sent?.then(|| call.unwrap()))
+    }
+
+    fn send(&self) -> u64 {
+        self.try_send(b"go").unwrap().unwrap()
+    }
+
+    /// An honest header of an item for this call, which is the first and has the first slot.
+    fn header(call: u64, length: usize) -> Header {
+        Header {
+            length: length as u32,
+            kind: Kind::Data,
+            flags: FIRST | LAST,
+            call,
+            sequence: 0,
+            slot: 0,
+            total: length as u64,
+        }
+    }
+
+    /// Publishes a record as the worker's code would, with whatever header.
+    fn forge(&mut self, header: Header, body: &[u8]) {
+        let offset = self.tail as usize % CAPACITY;
+        let space = header.span();
+        assert!(offset + space <= CAPACITY, "forgeries here need no padding");
+        self.write(REPLIES + offset, &header.to_wire());
+        self.write(REPLIES + offset + HEADER, body);
+        self.tail += space as u64;
+        self.set(REPLY_TAIL, self.tail);
+    }
+
+    /// What the host finds when it looks, without waiting.
+    fn look(&self) -> Option<End> {
+        self.host.look(&self.notifier).unwrap();
+        self.host.end()
+    }
+
+    fn expect(&self, violation: Violation) {
+        assert_eq!(self.look(), Some(End::Violated(violation)));
+        assert!(matches!(self.try_send(b""), Err(Error::Protocol(found)) if found == violation));
+        assert_eq!(self.host.counters().violations, 1);
+    }
+
+    /// Waits for the call as a thread does, but not for long.
+    fn wait(&self, call: u64) -> Result<Event, Error> {
+        let until = Some(Instant::now() + Duration::from_millis(20));
+        self.host.wait(call, Patience::Park { until, gate: None })
+    }
+}
+
+fn report(what: &str, attempts: usize) {
+    println!("hostile: {what}: {attempts} attempts");
+}
+
+#[test]
+fn every_value_of_every_control_byte() {
+    // How far the host has written when one more request and the padding before it don't fit.
+    const FULL: u64 = 64 + 31 * 128;
+    let mut attempts = 0;
+    let words = [REQUEST_TAIL, REPLY_TAIL].map(|words| (0..4).map(move |word| words + word * STEP));
+    for at in words.into_iter().flatten().flat_map(|word| word..word + 8) {
+        for value in 0..=255 {
+            let attack = Attack::new();
+            let call = attack.send();
+            attack.write(at, &[value]);
+            let end = attack.look();
+            if at < REPLY_TAIL + 8 && at >= REPLY_TAIL && value > 0 {
+                // Nothing was published, so nothing is there whatever it says.
+                assert!(matches!(end, Some(End::Violated(_))), "{at}: {value}");
+                assert!(matches!(
+                    attack.host.poll(call).unwrap(),
+                    Some(Event::Done(Outcome::Lost(End::Violated(_))))
+                ));
+            } else {
+                assert_eq!(end, None, "{at}: {value}");
+                // Until the ring is full and the worker's position is looked at.
+                let sent = (0..64).try_for_each(|_| attack.try_send(&[0; 64]).map(drop));
+                let head = attack.read(REQUEST_TAIL + STEP);
+                let plausible = head <= FULL && head.is_multiple_of(32);
+                assert_eq!(sent.is_ok(), plausible, "{at}: {value}: {sent:?}");
+            }
+            attempts += 1;
+        }
+    }
+    report("values of control bytes", attempts);
+}
+
+#[test]
+fn every_value_of_every_header_byte() {
+    let (mut attempts, mut accepted) = (0, 0);
+    let body = [
+        1, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8,
+    ];
+    for at in 0..HEADER + body.len() {
+        for value in 0..=255 {
+            let mut attack = Attack::new();
+            let call = attack.send();
+            attack.forge(Attack::header(call, body.len()), &body);
+            attack.write(REPLIES + at, &[value]);
+            let end = attack.look();
+            match attack.host.poll(call).unwrap() {
+                Some(Event::Data(frame)) => {
+                    assert_eq!(end, None);
+                    accepted += usize::from(parse(frame.body.as_slice()).is_ok());
+                }
+                Some(Event::Done(Outcome::Ended | Outcome::Failed(_))) => assert_eq!(end, None),
+                Some(Event::Done(Outcome::Lost(lost))) => assert_eq!(end, Some(lost)),
+                // The first part of a larger frame.
+                None => assert_eq!((end, at), (None, at)),
+                other => panic!("{other:?}"),
+            }
+            attempts += 1;
+        }
+    }
+    assert!(accepted > 0 && accepted < attempts / 4, "{accepted}");
+    report("values of header and body bytes", attempts);
+}
+
+#[test]
+fn frames_that_the_format_forbids() {
+    type Forgery = fn(Header) -> Header;
+    let cases: [(Violation, Forgery); 10] = [
+        (Violation::Kind, |header| Header {
+            kind: Kind::Request,
+            ..header
+        }),
+        (Violation::Length, |header| Header {
+            kind: Kind::Pad,
+            ..header
+        }),
+        (Violation::Length, |header| Header {
+            length: 4096,
+            total: 4096,
+            ..header
+        }),
+        (Violation::Length, |header| Header {
+            length: 33,
+            ..header
+        }),
+        (Violation::UnknownCall, |header| Header {
+            call: header.call + 1,
+            ..header
+        }),
+        (Violation::UnknownCall, |header| Header {
+            call: u64::MAX,
+            ..header
+        }),
+        (Violation::UnknownCall, |header| Header {
+            slot: u32::MAX,
+            ..header
+        }),
+        (Violation::Sequence, |header| Header {
+            sequence: u32::MAX,
+            ..header
+        }),
+        (Violation::Fragment, |header| Header { flags: 0, ..header }),
+        (Violation::TooLarge, |header| Header {
+            flags: FIRST,
+            total: u64::MAX,
+            ..header
+        }),
+    ];
+    let attempts = cases.len();
+    for (violation, forgery) in cases {
+        let mut attack = Attack::new();
+        let call = attack.send();
+        attack.forge(Attack::header(call, 32), &[0; 32]);
+        attack.write(REPLIES, &forgery(Attack::header(call, 32)).to_wire());
+        attack.expect(violation);
+    }
+    report("forbidden frames", attempts);
+}
+
+#[test]
+fn what_was_said_before_is_not_said_again() {
+    let mut attack = Attack::new();
+    let call = attack.send();
+    attack.forge(Attack::header(call, 0), &[]);
+    assert_eq!(attack.look(), None);
+    attack.forge(Attack::header(call, 0), &[]);
+    attack.expect(Violation::Sequence);
+
+    let mut attack = Attack::new();
+    let call = attack.send();
+    let end = Header {
+        kind: Kind::End,
+        ..Attack::header(call, 0)
+    };
+    attack.forge(end, &[]);
+    assert_eq!(attack.look(), None);
+    assert!(matches!(
+        attack.host.poll(call).unwrap(),
+        Some(Event::Done(Outcome::Ended))
+    ));
+    attack.forge(end, &[]);
+    attack.expect(Violation::UnknownCall);
+}
+
+#[test]
+fn positions_that_run_backwards() {
+    for back in [1, 32, 64, 1 << 40] {
+        let mut attack = Attack::new();
+        let call = attack.send();
+        for sequence in 0..4 {
+            attack.forge(
+                Header {
+                    sequence,
+                    ..Attack::header(call, 0)
+                },
+                &[],
+            );
+        }
+        assert_eq!(attack.look(), None);
+        attack.set(REPLY_TAIL, attack.tail.wrapping_sub(back));
+        attack.expect(Violation::Position);
+    }
+}
+
+#[test]
+fn fragments_without_end() {
+    // Of nothing, of more than was declared, and of another frame than the first.
+    let begun = |attack: &mut Attack| {
+        let call = attack.send();
+        let first = Header {
+            flags: FIRST,
+            total: 100,
+            ..Attack::header(call, 64)
+        };
+        attack.forge(first, &[0; 64]);
+        assert_eq!(attack.look(), None);
+        first
+    };
+    let cases: [fn(Header) -> Header; 4] = [
+        |first| Header {
+            flags: 0,
+            length: 0,
+            ..first
+        },
+        |first| Header {
+            flags: 0,
+            length: 64,
+            ..first
+        },
+        |first| Header {
+            flags: 0,
+            length: 32,
+            total: 64,
+            ..first
+        },
+        |first| Header {
+            flags: FIRST,
+            ..first
+        },
+    ];
+    for case in cases {
+        let mut attack = Attack::new();
+        let first = begun(&mut attack);
+        attack.forge(case(first), &[0; 64]);
+        attack.expect(Violation::Fragment);
+    }
+}
+
+/// Items of a call until the host has had enough of them.
+fn flood(attack: &mut Attack, call: u64) -> (End, usize) {
+    let item = 1000;
+    for sequence in 0.. {
+        let header = Header {
+            sequence,
+            ..Attack::header(call, item)
+        };
+        if attack.tail as usize % CAPACITY + header.span() > CAPACITY {
+            let space = CAPACITY - attack.tail as usize % CAPACITY - HEADER;
+            let pad = Header {
+                kind: Kind::Pad,
+                call: 0,
+                ..Attack::header(0, space)
+            };
+            attack.forge(pad, &[]);
+        }
+        attack.forge(header, &[7; 1000]);
+        if let Some(end) = attack.look() {
+            return (end, sequence as usize * item);
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn frames_without_end_are_limited_by_the_window() {
+    for cancelled in [false, true] {
+        let mut attack = Attack::new();
+        let call = attack.send();
+        if cancelled {
+            attack.host.cancel(call);
+        }
+        let (end, bytes) = flood(&mut attack, call);
+        assert_eq!(end, End::Violated(Violation::Window));
+        assert!(bytes <= WINDOW, "{bytes}");
+        assert_eq!(attack.host.counters().dropped_late > 0, cancelled);
+    }
+}
+
+/// A record that changes while it is read: what was checked is what is used.
+#[test]
+fn lengths_that_change_between_check_and_use() {
+    const ROUNDS: usize = 300;
+    let mut outcomes = [0; 2];
+    for _ in 0..ROUNDS {
+        let mut attack = Attack::new();
+        let call = attack.send();
+        for sequence in 0..8 {
+            attack.forge(
+                Header {
+                    sequence,
+                    ..Attack::header(call, 64)
+                },
+                &[0xff; 64],
+            );
+        }
+        let stop = AtomicBool::new(false);
+        let start = attack.start.addr();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let lengths = [64, 0, 32, 65, 4096, u32::MAX];
+                for (at, length) in (0..8).cycle().zip(lengths.into_iter().cycle()) {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let field = (start + REPLIES + at * 96) as *mut u32;
+                    // SAFETY: in the mapping, which outlives the scope.
+                    unsafe { field.write_volatile(length) };
+                }
+            });
+            let end = attack.look();
+            while let Some(Event::Data(frame)) = attack.host.poll(call).unwrap() {
+                // Part counts of four billion, or nothing at all.
+                assert!(parse(frame.body.as_slice()).is_err() || frame.body.is_empty());
+            }
+            outcomes[usize::from(end.is_some())] += 1;
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+    report("records changed while read", ROUNDS * 8);
+    assert!(outcomes[1] > 0, "{outcomes:?}");
+}
+
+#[test]
+fn random_bytes_over_the_whole_segment_while_the_host_works() {
+    const ROUNDS: usize = 100;
+    let mut writes = 0;
+    for seed in 0..ROUNDS as u64 {
+        let attack = Attack::new();
+        let stop = AtomicBool::new(false);
+        let start = attack.start.addr();
+        let began = Instant::now();
+        writes += std::thread::scope(|scope| {
+            let scribbler = scope.spawn(|| {
+                let mut state = seed * 2 + 1;
+                let mut writes = 0_usize;
+                while !stop.load(Ordering::Relaxed) {
+                    // https://en.wikipedia.org/wiki/Xorshift, 64 bits.
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    // Half of the writes go to where they do most harm.
+                    let words = [REQUEST_TAIL, REPLY_TAIL];
+                    let at = match state >> 63 {
+                        0 => (state >> 8) as usize % END,
+                        _ => words[state as usize >> 9 & 1] + (state >> 10) as usize % (4 * STEP),
+                    };
+                    // SAFETY: in the mapping, which outlives the scope.
+                    unsafe { ((start + at) as *mut u8).write_volatile(state as u8) };
+                    writes += 1;
+                }
+                writes
+            });
+            for _ in 0..200 {
+                let Ok(Some(call)) = attack.try_send(&[1; 200]) else {
+                    break;
+                };
+                let _ = attack.wait(call);
+                attack.host.abandon(call);
+                if began.elapsed() > Duration::from_secs(1) || attack.host.end().is_some() {
+                    break;
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+            scribbler.join().unwrap()
+        });
+        assert!(began.elapsed() < Duration::from_secs(30), "a hang");
+    }
+    report("random bytes", writes);
+}
+
+#[test]
+fn garbage_on_the_control_socket() {
+    let mut attempts = 0;
+    let pong = Control::Pong(Progress::default());
+    let mut messages: Vec<Vec<u8>> = (1..SIZE * 4).map(|length| vec![0; length]).collect();
+    messages.extend((0..=255).map(|kind| vec![kind; SIZE]));
+    for nonce in [0, 1, 2, u64::MAX] {
+        for message in [Control::Ping, Control::Shutdown, Control::Ack, pong] {
+            messages.push(message.to_wire(nonce).to_vec());
+        }
+    }
+    for message in messages {
+        let attack = Attack::new();
+        attack.send();
+        send(&attack.inherited.control, &message, SendFlags::DONTWAIT).unwrap();
+        attack.expect(Violation::Control);
+        attempts += 1;
+    }
+    report("control messages", attempts);
+}
+
+#[test]
+fn an_answer_given_twice_is_one_too_many() {
+    let attack = Attack::new();
+    let ping = attack
+        .host
+        .ask(Control::Ping, Some(&attack.notifier))
+        .unwrap();
+    let pong = Control::Pong(Progress::default()).to_wire(ping);
+    send(&attack.inherited.control, &pong, SendFlags::DONTWAIT).unwrap();
+    assert_eq!(attack.look(), None);
+    assert!(matches!(
+        attack.host.poll(ping).unwrap(),
+        Some(Event::Done(Outcome::Pong(_)))
+    ));
+    send(&attack.inherited.control, &pong, SendFlags::DONTWAIT).unwrap();
+    attack.expect(Violation::Control);
+}
+
+#[test]
+fn descriptors_sent_along_are_not_kept() {
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let attack = Attack::new();
+    let pings: Vec<_> = (0..20)
+        .map(|_| {
+            attack
+                .host
+                .ask(Control::Ping, Some(&attack.notifier))
+                .unwrap()
+        })
+        .collect();
+    let before = open();
+    for ping in pings {
+        let fds = [attack.inherited.segment.as_fd(); 100];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(100))];
+        let mut along = SendAncillaryBuffer::new(&mut space);
+        assert!(along.push(SendAncillaryMessage::ScmRights(&fds)));
+        let pong = Control::Pong(Progress::default()).to_wire(ping);
+        let parts = [IoSlice::new(&pong)];
+        sendmsg(
+            &attack.inherited.control,
+            &parts,
+            &mut along,
+            SendFlags::DONTWAIT,
+        )
+        .unwrap();
+        assert_eq!(attack.look(), None);
+        assert!(matches!(
+            attack.host.poll(ping).unwrap(),
+            Some(Event::Done(Outcome::Pong(_)))
+        ));
+    }
+    // Other tests run meanwhile, and have descriptors of their own; 2,000 would stand out.
+    assert!(open() < before + 1000);
+    report("descriptors", 2000);
+}
+
+#[test]
+fn a_doorbell_rung_without_cause() {
+    let attack = Attack::new();
+    attack.send();
+    let rings = [b'!'; 4096];
+    let mut sent = 0;
+    while let Ok(count) = send(&attack.inherited.bell, &rings, SendFlags::DONTWAIT) {
+        sent += count;
+    }
+    attack.expect(Violation::Doorbell);
+    report("rings", sent);
+}
+
+/// `O_NONBLOCK` belongs to both processes. The host neither relies on it nor waits for a peer that
+/// reads nothing.
+#[test]
+fn descriptors_that_were_made_to_block() {
+    let attack = Attack::new();
+    let inherited = &attack.inherited;
+    for fd in [&inherited.control, &inherited.bell, &inherited.space_bell] {
+        rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::empty()).unwrap();
+    }
+    let questions = (0..2000)
+        .map_while(|_| attack.host.ask(Control::Ping, Some(&attack.notifier)).ok())
+        .count();
+    assert!(questions > 100, "{questions}");
+    assert!(matches!(
+        attack.host.ask(Control::Ping, None),
+        Err(Error::QueueFull)
+    ));
+    let call = attack.send();
+    // The flag says that the worker sleeps, again and again.
+    for _ in 0..2000 {
+        attack.set(REQUEST_TAIL + 2 * STEP, 1);
+        attack.set(REPLY_TAIL + 3 * STEP, 1);
+        attack.host.cancel(call);
+        attack.host.abandon(call);
+        let Ok(Some(call)) = attack.try_send(b"") else {
+            break;
+        };
+        attack.host.cancel(call);
+    }
+    assert_eq!(attack.look(), None);
+}
+
+#[test]
+fn ends_that_are_closed_end_the_channel() {
+    let attack = Attack::new();
+    let call = attack.send();
+    shutdown(&attack.inherited.bell, Shutdown::Both).unwrap();
+    assert_eq!(attack.look(), Some(End::PeerDied));
+    assert!(matches!(
+        attack.wait(call),
+        Ok(Event::Done(Outcome::Lost(End::PeerDied)))
+    ));
+
+    let attack = Attack::new();
+    attack.send();
+    shutdown(&attack.inherited.control, Shutdown::Both).unwrap();
+    assert_eq!(attack.look(), Some(End::PeerDied));
+}
+
+#[test]
+#[cfg(not(feature = "posix"))]
+fn the_segment_can_not_be_cut_off() {
+    let attack = Attack::new();
+    for length in [0, 4096, END as u64 + 1] {
+        let cut = rustix::fs::ftruncate(&attack.inherited.segment, length);
+        assert_eq!(cut, Err(rustix::io::Errno::PERM));
+    }
+    attack.send();
+    assert_eq!(attack.look(), None);
+}
