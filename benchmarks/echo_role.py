@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from typing import Any
 
 from inferpool.worker import Reply, RoleConfig, WorkerLoopState
@@ -26,4 +28,12 @@ def count(reply: Reply, payload: tuple[int, bytes], state: WorkerLoopState) -> N
         reply.send("item", item)
 
 
-HANDLERS = {"echo": echo, "count": count}
+def hold_gil(reply: Reply, payload: float, state: WorkerLoopState) -> None:
+    ctypes.PyDLL(None).usleep(int(payload * 1e6))
+
+
+def sleep(reply: Reply, payload: float, state: WorkerLoopState) -> None:
+    time.sleep(payload)
+
+
+HANDLERS = {"echo": echo, "count": count, "hold_gil": hold_gil, "sleep": sleep}

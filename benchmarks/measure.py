@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 
@@ -29,16 +30,20 @@ def interleaved(
     rounds: int,
     repeats: int,
     unit: str,
+    turns: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
 ) -> list[Row]:
     """Run every contender `repeats` times a round, and compare medians round by round.
 
-    A contender returns what it measured; the first one is the measure of the others.
+    A contender returns what it measured; the first one is the measure of the others. `turns`
+    are what some contenders have to run in.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     medians: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            values = [contender() for _ in range(repeats)]
+            with (turns or {}).get(name, nullcontext)():
+                contender()  # to get warm: what ran before has left other data in the caches
+                values = [contender() for _ in range(repeats)]
             samples[name] += values
             medians[name].append(statistics.median(values))
     first = next(iter(contenders))

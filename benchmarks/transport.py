@@ -3,122 +3,170 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 
+from benchmarks import peers
 from benchmarks.measure import Row, interleaved, seconds
-from inferpool import AsyncPool, Pool, Role
+from inferpool import Pool, Role
 
 ECHO = Role("benchmarks.echo_role:make_session", "benchmarks.echo_role:HANDLERS")
-
-
-def _pipe_worker(connection: Connection) -> None:
-    while (message := connection.recv()) is not None:
-        if isinstance(message, tuple):
-            number, item = message
-            for _ in range(number):
-                connection.send(item)
-        else:
-            connection.send(message)
+SMALL = b"x" * 64
 
 
 @contextmanager
-def _pipe() -> Iterator[Connection]:
-    """A process behind ``multiprocessing.Pipe``, as pickle and pipes have it."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_pipe_worker, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        yield ours
-    finally:
-        ours.send(None)
-        process.join()
+def _pool(**options: Any) -> Iterator[Pool]:
+    with Pool(echo=ECHO, **options) as pool:
+        yield pool.start()
+
+
+def _timed(round_trip: Callable[[Any], Any], payload: Any) -> Callable[[], float]:
+    """Seconds of a round trip; the answer is checked once, before anything is measured."""
+    if not np.array_equal(round_trip(payload), payload):
+        raise AssertionError("the answer is not what was sent")
+    return lambda: seconds(lambda: round_trip(payload))
+
+
+def _round_trips(size: int, payload: Any, *, rounds: int, repeats: int) -> list[Row]:
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        pipe = enter(peers.pipe())
+
+        def through_pipe(sent: Any) -> Any:
+            pipe.send(sent)
+            return pipe.recv()
+
+        pool, parked = enter(_pool()), enter(_pool(wait="park"))
+        round_trips: dict[str, Callable[[Any], Any]] = {
+            "mp.Pipe": through_pipe,
+            "mp.Pipe, asyncio + executor, sync facade": enter(peers.bridge(through_pipe)),
+            "inferpool": lambda sent: pool.call("echo", "echo", sent),
+            "inferpool, wait='park'": lambda sent: parked.call("echo", "echo", sent),
+        }
+        turns: dict[str, peers.Turn] = {}
+        contenders = {name: _timed(call, payload) for name, call in round_trips.items()}
+        try:
+            contenders["pyzmq PAIR, ipc"] = _timed(enter(peers.zeromq()), payload)
+            for name, events in (("iceoryx2, polling", False), ("iceoryx2, events", True)):
+                call, turns[name] = enter(peers.iceoryx(size, events=events))
+                contenders[name] = _timed(call, payload)
+                with turns[name]():
+                    pass
+        except ImportError as error:
+            print(f"left out: {error}", file=sys.stderr)
+        if size <= 64:
+            for name, limit in (("eventfd", peers.eventfd), ("futex", peers.futex)):
+                bare = enter(limit())
+                contenders[f"limit: {name} ping-pong"] = lambda bare=bare: seconds(bare)
+        else:
+            copy = peers.copies(size)
+            contenders["limit: 4 copies"] = lambda: seconds(copy)
+        label = f"{size} B" if size <= 64 else f"{size >> 20} MiB"
+        name = f"round trip, {label}"
+        return interleaved(name, contenders, rounds=rounds, repeats=repeats, unit="s", turns=turns)
+
+
+def _asyncio(*, rounds: int, turns: int) -> list[Row]:
+    with (
+        peers.pipe() as pipe,
+        _pool() as pool,
+        ThreadPoolExecutor(1) as executor,
+        asyncio.Runner() as runner,
+    ):
+        shared = pool.as_async()
+
+        def through_pipe(sent: bytes) -> Any:
+            pipe.send(sent)
+            return pipe.recv()
+
+        async def bridged() -> None:
+            loop = asyncio.get_running_loop()
+            for _ in range(turns):
+                await loop.run_in_executor(executor, through_pipe, SMALL)
+
+        async def pooled() -> None:
+            for _ in range(turns):
+                await shared.call("echo", "echo", SMALL)
+
+        def per_turn(main: Callable[[], Any]) -> float:
+            return seconds(lambda: runner.run(main())) / turns
+
+        contenders = {
+            "mp.Pipe, executor": lambda: per_turn(bridged),
+            "inferpool": lambda: per_turn(pooled),
+        }
+        name = "asyncio round trip, 64 B"
+        return interleaved(name, contenders, rounds=rounds, repeats=3, unit="s")
+
+
+def _stream(*, rounds: int, items: int) -> list[Row]:
+    item = b"x" * 32
+    with peers.pipe() as pipe, _pool() as pool:
+
+        def of_pipe() -> None:
+            pipe.send((items, item))
+            for _ in range(items):
+                pipe.recv()
+
+        def of_pool() -> None:
+            for _ in pool.stream("echo", "count", (items, item)):
+                pass
+
+        contenders = {
+            "mp.Pipe": lambda: seconds(of_pipe) / items,
+            "inferpool": lambda: seconds(of_pool) / items,
+        }
+        name = f"one of {items:,} items of a stream, 32 B"
+        return interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
+
+
+def _threads(*, rounds: int, calls: int) -> list[Row]:
+    rows: list[Row] = []
+    for wait in ("adaptive", "park"):
+        with _pool(wait=wait) as pool:
+
+            def rate(threads: int, pool: Pool = pool) -> float:
+                def work() -> None:
+                    for _ in range(calls // threads):
+                        pool.call("echo", "echo", SMALL)
+
+                def together() -> None:
+                    workers = [threading.Thread(target=work) for _ in range(threads)]
+                    for worker in workers:
+                        worker.start()
+                    for worker in workers:
+                        worker.join()
+
+                return seconds(together) / calls
+
+            contenders = {
+                f"{number} threads": lambda number=number: rate(number) for number in (1, 2, 8)
+            }
+            name = f"a call of several threads, wait={wait!r}"
+            rows += interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
+            counters = pool.status()["echo"].counters
+            frames = counters["frames_sent"] + counters["frames_received"]
+            print(
+                f"wait={wait!r}: {counters['rescued_waits']} rescued waits in {frames:,} frames",
+                file=sys.stderr,
+            )
+    return rows
 
 
 def run(*, quick: bool) -> list[Row]:
     """All transport comparisons; the pipe is the measure."""
     rounds = 3 if quick else 15
-    with (
-        _pipe() as pipe,
-        Pool(echo=ECHO) as pool,
-        Pool(echo=ECHO, wait="park") as parked,
-        ThreadPoolExecutor(1) as executor,
-        asyncio.Runner() as runner,
-    ):
-        pool.start()
-        parked.start()
-        shared = pool.as_async()
-
-        def through_pipe(payload: object) -> object:
-            pipe.send(payload)
-            return pipe.recv()
-
-        def stream_of_pipe(number: int, item: bytes) -> None:
-            pipe.send((number, item))
-            for _ in range(number):
-                pipe.recv()
-
-        async def bridge(payload: object) -> object:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(executor, through_pipe, payload)
-
-        async def many(times: int, pool: AsyncPool | None, payload: object) -> None:
-            for _ in range(times):
-                if pool is None:
-                    await bridge(payload)
-                else:
-                    await pool.call("echo", "echo", payload)
-
-        rows: list[Row] = []
-        for label, payload, repeats in (
-            ("64 B", b"x" * 64, 500),
-            ("1 MiB", np.zeros(1 << 20, np.uint8), 10),
-            ("16 MiB", np.zeros(16 << 20, np.uint8), 3),
-        ):
-            contenders = {
-                "mp.Pipe": lambda p=payload: seconds(lambda: through_pipe(p)),
-                "inferpool": lambda p=payload: seconds(lambda: pool.call("echo", "echo", p)),
-                "inferpool, wait='park'": lambda p=payload: seconds(
-                    lambda: parked.call("echo", "echo", p)
-                ),
-            }
-            name = f"round trip, {label}"
-            rows += interleaved(name, contenders, rounds=rounds, repeats=repeats, unit="s")
-        small = b"x" * 64
-        turns = 100
-        rows += interleaved(
-            "asyncio round trip, 64 B",
-            {
-                "mp.Pipe + executor": lambda: (
-                    seconds(lambda: runner.run(many(turns, None, small))) / turns
-                ),
-                "inferpool": lambda: (
-                    seconds(lambda: runner.run(many(turns, shared, small))) / turns
-                ),
-            },
-            rounds=rounds,
-            repeats=3,
-            unit="s",
-        )
-        number = 20_000 if quick else 100_000
-        item = b"x" * 32
-        rows += interleaved(
-            "one item of a stream, 32 B",
-            {
-                "mp.Pipe": lambda: seconds(lambda: stream_of_pipe(number, item)) / number,
-                "inferpool": lambda: (
-                    seconds(lambda: sum(1 for _ in pool.stream("echo", "count", (number, item))))
-                    / number
-                ),
-            },
-            rounds=rounds,
-            repeats=1,
-            unit="s",
-        )
-        return rows
+    rows: list[Row] = []
+    rows += _round_trips(64, SMALL, rounds=rounds, repeats=300)
+    for size, repeats in ((1 << 20, 10), (16 << 20, 3)):
+        rows += _round_trips(size, np.zeros(size, np.uint8), rounds=rounds, repeats=repeats)
+    rows += _asyncio(rounds=rounds, turns=100)
+    rows += _stream(rounds=3 if quick else 7, items=50_000 if quick else 1_000_000)
+    rows += _threads(rounds=rounds, calls=4_000 if quick else 40_000)
+    return rows

@@ -166,7 +166,7 @@ impl Host {
                 break;
             }
             let Reader { ring, spinner, .. } = &mut *reader;
-            if !spinner.spin(|| ring.is_ready()) {
+            if !spinner.spin(|| ring.is_ready(), || self.note_cpu()) {
                 break;
             }
             self.tally.spins_won.add_alone(1);

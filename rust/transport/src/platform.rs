@@ -26,7 +26,7 @@ use crate::control::SIZE;
 use crate::error::{Error, Result};
 use crate::sync::{AtomicU32, Ordering};
 
-pub(crate) use system::{Bell, Death, create_shared_memory, watch_process};
+pub(crate) use system::{Bell, Death, create_shared_memory, current_cpu, leave_cpu, watch_process};
 
 pub(crate) fn file_size(file: BorrowedFd<'_>) -> Result<usize> {
     usize::try_from(fstat(file)?.st_size).map_err(|_| Error::Os(Errno::FBIG.into()))

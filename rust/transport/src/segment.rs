@@ -1,7 +1,7 @@
 //! The shared segment of one worker incarnation: a control page, call slots and two rings.
 //!
 //! ```text
-//!      0  control page   magic, version, ring capacity
+//!      0  control page   magic, version, ring capacity, CPU of the host
 //!   4096  request ring   words: tail, head, consumer armed, producer armed, 128 bytes apart
 //!   4608  reply ring     the same
 //!   8192  call slots     SLOTS times 64 bytes: cancelled call, consumed bytes
@@ -106,6 +106,11 @@ impl Segment {
             cancelled: self.word(at),
             consumed: self.word(at + 8),
         }
+    }
+
+    /// The CPU on which a host's thread last waited for long, plus one. Host writes, worker reads.
+    pub fn host_cpu(&self) -> &AtomicU64 {
+        self.word(24)
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::platform;
+
 /// Longest spin. Waking a sleeper takes about half of this (50 µs on the machine measured), so a
 /// spin sees the answer even of a peer that slept.
 const CAP: Duration = Duration::from_micros(100);
@@ -13,7 +15,7 @@ pub(crate) const WORKER_PATIENCE: u32 = u32::MAX;
 /// While sleeping at once, every so many waits spin again, to notice that the peer got quick.
 const PROBE_EVERY: u32 = 16;
 /// From then on the CPU is offered to others between looks: if the scheduler has put the peer on
-/// this very CPU, it can't answer before.
+/// this very CPU, which it likes to do on waking, it can't answer before.
 const ALONE: Duration = Duration::from_micros(5);
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
@@ -47,7 +49,9 @@ impl Spinner {
     }
 
     /// Spins until `ready`, or until it stops being worth it; returns what `ready` said last.
-    pub(crate) fn spin(&mut self, mut ready: impl FnMut() -> bool) -> bool {
+    /// `part` is called when that takes long, to see to it that the two sides do not share a CPU.
+    pub(crate) fn spin(&mut self, mut ready: impl FnMut() -> bool, part: impl FnOnce()) -> bool {
+        let mut part = Some(part);
         if ready() {
             return true;
         }
@@ -71,8 +75,36 @@ impl Spinner {
                 return false;
             }
             if spent >= ALONE {
+                if let Some(part) = part.take() {
+                    part();
+                }
                 std::thread::yield_now();
             }
+        }
+    }
+}
+
+/// Moves this side off a CPU that it shares with the other.
+#[derive(Debug)]
+pub(crate) struct Parting {
+    next: Instant,
+}
+
+impl Parting {
+    /// Moving costs tens of microseconds, and where every CPU is busy it helps nobody.
+    const PAUSE: Duration = Duration::from_millis(5);
+
+    pub(crate) fn new() -> Self {
+        Self {
+            next: Instant::now(),
+        }
+    }
+
+    /// Moves, if the other side was last seen on this CPU.
+    pub(crate) fn part_from(&mut self, other: Option<usize>) {
+        if other.is_some() && other == platform::current_cpu() && Instant::now() >= self.next {
+            self.next = Instant::now() + Self::PAUSE;
+            platform::leave_cpu();
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::platform::{self, Bell, ControlSocket, Doorbell, Rings, SignalGate};
 use crate::record::{Header, Kind};
 use crate::ring::{Consumer, Producer};
 use crate::segment::{RingMemory, SLOTS, Segment};
-use crate::spin::{Spinner, WORKER_PATIENCE};
+use crate::spin::{Parting, Spinner, WORKER_PATIENCE};
 use crate::sync::{Mutex, Ordering};
 use crate::{Patience, Settings, lock, try_lock};
 
@@ -42,6 +42,7 @@ struct Inbox {
     ring: Consumer<RingMemory>,
     assembler: Assembler,
     spinner: Spinner,
+    parting: Parting,
     seen_unexpected: u64,
 }
 
@@ -107,6 +108,7 @@ impl Worker {
                 ring: Consumer::new(segment.requests()),
                 assembler: Assembler::new(settings.frame_limit),
                 spinner: Spinner::new(settings.wait, WORKER_PATIENCE),
+                parting: Parting::new(),
                 seen_unexpected: 0,
             }),
             outbox: Mutex::new(Outbox {
@@ -146,10 +148,16 @@ impl Worker {
                 self.vitals.requests.fetch_add(1, Ordering::Relaxed);
                 return Ok(Some(frame));
             }
-            let Inbox { ring, spinner, .. } = &mut *inbox;
+            let Inbox {
+                ring,
+                spinner,
+                parting,
+                ..
+            } = &mut *inbox;
             match patience {
                 Patience::Spin => {
-                    if !spinner.spin(|| ring.is_ready() || self.is_shutting_down()) {
+                    let ready = || ring.is_ready() || self.is_shutting_down();
+                    if !spinner.spin(ready, || parting.part_from(self.host_cpu())) {
                         return Err(Error::WouldPark);
                     }
                 }
@@ -162,6 +170,11 @@ impl Worker {
                 }
             }
         }
+    }
+
+    fn host_cpu(&self) -> Option<usize> {
+        let cpu = self.segment.host_cpu().load(Ordering::Relaxed);
+        usize::try_from(cpu).ok()?.checked_sub(1)
     }
 
     fn take_request(&self, inbox: &mut Inbox) -> Result<Option<Frame>> {
@@ -306,7 +319,7 @@ impl ReplyPort {
                     || (self.has_credit(&state, kind) && ring.fits(length)?))
             };
             let Patience::Park { until, gate } = patience else {
-                if spinner.spin(|| may_go_on(ring).unwrap_or(true)) {
+                if spinner.spin(|| may_go_on(ring).unwrap_or(true), || ()) {
                     continue;
                 }
                 return Err(Error::WouldPark);

@@ -169,7 +169,7 @@ fn every_value_of_every_control_byte() {
             let call = attack.send();
             attack.write(at, &[value]);
             let end = attack.look();
-            if at < REPLY_TAIL + 8 && at >= REPLY_TAIL && value > 0 {
+            if (REPLY_TAIL..REPLY_TAIL + 8).contains(&at) && value > 0 {
                 // Nothing was published, so nothing is there whatever it says.
                 assert!(matches!(end, Some(End::Violated(_))), "{at}: {value}");
                 assert!(matches!(

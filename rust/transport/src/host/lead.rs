@@ -105,7 +105,7 @@ impl Host {
                 Patience::Spin if more => continue,
                 Patience::Spin => {
                     let Reader { ring, spinner, .. } = &mut *reader;
-                    if spinner.spin(|| ring.is_ready()) {
+                    if spinner.spin(|| ring.is_ready(), || self.note_cpu()) {
                         self.tally.spins_won.add_alone(1);
                         continue;
                     }
@@ -146,6 +146,12 @@ impl Host {
             self.ring(&self.bell);
         }
         *unread = read;
+    }
+
+    /// Tells the worker where this side waits, so that it can go elsewhere.
+    pub(super) fn note_cpu(&self) {
+        let cpu = platform::current_cpu().map_or(0, |cpu| cpu as u64 + 1);
+        self.segment.host_cpu().store(cpu, Ordering::Relaxed);
     }
 
     /// Whether this side may sleep now. Not if there is something to read, nor after the end.

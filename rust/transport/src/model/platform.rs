@@ -202,6 +202,12 @@ pub(crate) fn exit_now(status: i32) -> ! {
     panic!("the worker exits with {status}");
 }
 
+pub(crate) fn current_cpu() -> Option<usize> {
+    None
+}
+
+pub(crate) fn leave_cpu() {}
+
 pub(crate) fn fork_depth() -> u32 {
     0
 }

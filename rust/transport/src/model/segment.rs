@@ -114,6 +114,7 @@ pub struct Segment {
     requests: RingMemory,
     replies: RingMemory,
     slots: Arc<Vec<(AtomicU64, AtomicU64)>>,
+    host_cpu: Arc<AtomicU64>,
 }
 
 impl Segment {
@@ -123,6 +124,7 @@ impl Segment {
             requests: RingMemory::new(capacity),
             replies: RingMemory::new(capacity),
             slots: Arc::new((0..SLOTS).map(slot).collect()),
+            host_cpu: Arc::new(AtomicU64::new(0)),
         }
     }
 
@@ -132,6 +134,10 @@ impl Segment {
 
     pub fn replies(&self) -> RingMemory {
         self.replies.clone()
+    }
+
+    pub fn host_cpu(&self) -> &AtomicU64 {
+        &self.host_cpu
     }
 
     pub fn slot(&self, slot: u32) -> Slot<'_> {

@@ -8,6 +8,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::net::{RecvFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::thread::{sched_getaffinity, sched_setaffinity};
 
 use super::{ControlSocket, SignalGate, Source};
 use crate::error::{Error, Result};
@@ -78,6 +79,25 @@ impl AsFd for Death {
 pub(crate) fn watch_process(pid: i32, _control: &ControlSocket) -> Result<Death> {
     let pid = Pid::from_raw(pid).ok_or(Error::Os(io::Error::from(io::ErrorKind::InvalidInput)))?;
     Ok(Death(pidfd_open(pid, PidfdFlags::empty())?))
+}
+
+/// The CPU that runs this thread, for now.
+pub(crate) fn current_cpu() -> Option<usize> {
+    Some(rustix::thread::sched_getcpu())
+}
+
+/// Has the scheduler move this thread to another CPU, if it may use one. Where it may run stays as
+/// it was.
+pub(crate) fn leave_cpu() {
+    let Ok(allowed) = sched_getaffinity(None) else {
+        return;
+    };
+    let mut others = allowed;
+    others.unset(rustix::thread::sched_getcpu());
+    // An empty set is refused, and then the thread stays where it is.
+    if sched_setaffinity(None, &others).is_ok() {
+        let _ = sched_setaffinity(None, &allowed);
+    }
 }
 
 /// `poll` that lets the gate's signals through while it sleeps.

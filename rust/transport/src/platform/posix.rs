@@ -109,6 +109,14 @@ pub(crate) fn watch_process(pid: i32, control: &ControlSocket) -> Result<Death> 
     Ok(Death(control.as_fd().try_clone_to_owned()?))
 }
 
+/// There is no portable way to know.
+pub(crate) fn current_cpu() -> Option<usize> {
+    None
+}
+
+/// Nor to leave.
+pub(crate) fn leave_cpu() {}
+
 /// `poll` in slices short enough to notice signals that came before the sleep: one that ends before
 /// its wait does counts as interrupted, so that the caller looks at its signals and waits on.
 pub(super) fn poll(
