@@ -26,7 +26,7 @@ export PIP_NO_INPUT := 1
 # Whatever `python` may be on this machine.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test check bench loom fuzz lock clean
+.PHONY: help demo test check bench test-posix loom fuzz mutate lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -37,6 +37,7 @@ demo: .venv/extension.stamp ## Embed a few sentences and stream an answer from t
 
 test: check ## Run everything: check, Rust tests, short loom and fuzz runs, pytest with coverage
 	cargo test --workspace --locked
+	cargo test -p inferpool-transport --features posix --locked --target-dir target/posix
 	$(MAKE) loom LOOM_MAX_PREEMPTIONS=2
 	$(MAKE) fuzz FUZZ_SECONDS=20
 	$(BIN)/coverage erase
@@ -56,10 +57,17 @@ check: .venv/extension.stamp ## Check format, lints, types, the extension's stub
 		--allowlist rust/python/stubtest.allow --ignore-unused-allowlist
 	$(BIN)/lint-imports --no-logo
 
+test-posix: .venv/extension.stamp ## Run pytest over the portable backend of the transport
+	MATURIN_PEP517_ARGS="--features posix,pyo3/extension-module" PATH="$$PWD/$(BIN):$$PATH" \
+		$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	rm .venv/extension.stamp
+	$(BIN)/python -m pytest
+	$(MAKE) .venv/extension.stamp
+
 bench: .venv/extension.stamp .venv/bench.stamp ## Measure against the alternatives, side by side
 	$(BIN)/python -m benchmarks
 
-loom: ## Explore the interleavings of the ring and of park/wake (LOOM_MAX_PREEMPTIONS=3)
+loom: ## Explore the interleavings of ring and channel (LOOM_MAX_PREEMPTIONS=3)
 	LOOM_MAX_PREEMPTIONS=$(LOOM_MAX_PREEMPTIONS) RUSTFLAGS="--cfg loom -C debug-assertions" \
 		cargo test -p inferpool-transport --locked --release --target-dir target/loom --lib loom -- --nocapture
 
@@ -71,6 +79,9 @@ fuzz: ## Fuzz the frame decoder on the stable toolchain (FUZZ_SECONDS=300)
 	target/fuzz/$(HOST_TRIPLE)/release/decode_record rust/fuzz/corpus/decode_record \
 		-artifact_prefix=rust/fuzz/artifacts/decode_record/ \
 		-max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+
+mutate: ## Weaken the transport's orderings and checks one by one; every mutant must be caught
+	python3 rust/mutate.py
 
 lock: .venv/created.stamp ## Resolve pyproject.toml's dependencies into requirements/*.lock
 	$(BIN)/python -m pip install --quiet $(UV)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
+import random
+import re
 import signal
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -114,18 +119,35 @@ def die(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
 
 
 def scribble(reply: Reply, payload: str, state: WorkerLoopState) -> None:
-    """Do what a worker that was taken over might: write into the shared segment.
+    """Do what a worker that was taken over might: write where it must not, and say what is wrong.
 
     Where things are: docs/transport.md, "The segment".
     """
     maps = Path("/proc/self/maps").read_text().splitlines()
-    segment = next(line for line in maps if "memfd:inferpool " in line)
-    start = int(segment.partition("-")[0], 16)
+    segment = next(line for line in maps if re.search(r"inferpool\S* \(deleted\)", line))
+    start, end = (int(address, 16) for address in segment.split()[0].split("-"))
     tail = ctypes.c_uint64.from_address(start + 4608)
-    record = start + 24576 + (4 << 20) + tail.value % (4 << 20)
-    ctypes.memset(record, 0xFF if payload == "ones" else 0, 64)
-    steps = {"far ahead": 1 << 40, "misaligned": 1, "backwards": -32}
-    tail.value += steps.get(payload, 64)
+    _, control, bell, _ = json.loads(sys.argv[1])["fds"]
+    if payload == "rings":
+        socket.socket(fileno=os.dup(bell)).send(b"!" * 4096)
+    elif payload == "answers to no question":
+        socket.socket(fileno=os.dup(control)).send(struct.pack("<II5Q", 2, 0, 999, 0, 0, 0, 0))
+    elif payload == "garbage on the control socket":
+        socket.socket(fileno=os.dup(control)).send(b"garbage")
+    elif payload == "descriptors without end":
+        message = [struct.pack("<II5Q", 4, 0, 999, 0, 0, 0, 0)]
+        for _ in range(10):
+            socket.send_fds(socket.socket(fileno=os.dup(control)), message, [2] * 200)
+    elif payload == "noise":
+        noise = random.Random(0)
+        while True:
+            at = noise.choice([noise.randrange(4096, 8192), noise.randrange(end - start)])
+            ctypes.memset(start + at, noise.randrange(256), 1)
+    else:
+        record = start + 24576 + (4 << 20) + tail.value % (4 << 20)
+        ctypes.memset(record, 0xFF if payload == "ones" else 0, 64)
+        steps = {"far ahead": 1 << 40, "misaligned": 1, "backwards": -32}
+        tail.value += steps.get(payload, 64)
     time.sleep(60)
 
 

@@ -206,27 +206,35 @@ def test_a_log_does_not_grow_without_bound(tmp_path: Path, with_folder: bool) ->
         assert files == ["worker-echo.log", *(f"worker-echo.log.{n}" for n in (1, 2, 3))]
 
 
-@pytest.mark.parametrize("how", ["far ahead", "misaligned", "backwards", "zeros", "ones"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "far ahead",
+        "misaligned",
+        "backwards",
+        "zeros",
+        "ones",
+        "noise",
+        "rings",
+        "answers to no question",
+        "garbage on the control socket",
+        "descriptors without end",
+    ],
+)
 def test_a_worker_that_scribbles_is_killed_and_replaced(how: str) -> None:
     with Pool(bad=echo_role(), good=echo_role()) as pool:
         pool.start()
         good = pool.stream("good", "count", 10_000)
         pid = pool.status()["bad"].pid
         assert pid is not None
-        bad = pool.stream("bad", "scribble", how)
-
-        def refused() -> bool:
-            try:
-                pool.ping("bad")  # whoever waits looks at the ring
-            except ProtocolError:
-                return True
-            return False
-
-        assert eventually(refused)
+        open_before = descriptors()
+        bad = pool.stream("bad", "scribble", how, timeout=20)
         with pytest.raises(ProtocolError):
             next(bad)
         assert not is_running(pid)
+        assert descriptors() <= open_before
         assert pool.call("bad", "echo", 1) == 1
+        assert pool.status()["bad"].counters["violations"] == 1
         assert list(good) == list(range(10_000))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from inferpool.errors import PoolClosed
@@ -29,9 +30,13 @@ class RoleStatus:
     in_flight: int
     """Calls that have not ended."""
     counters: dict[str, int]
-    """Of the worker's channel: ``frames_sent``, ``frames_received``, ``parks`` (sleeps of a
-    waiting host thread), ``rings`` (doorbells rung for the worker), ``dropped_late`` (frames
-    that arrived for calls given up before)."""
+    """What the channels of all its workers have done so far: ``frames_sent`` and
+    ``bytes_sent`` (requests), ``frames_received`` and ``bytes_received`` (answers),
+    ``fragments`` (records of frames that took several), ``parks`` (sleeps of waiting threads),
+    ``spins_won`` (waits that ended before a sleep), ``wakes_sent`` and ``wakes_suppressed``
+    (the worker slept, or was awake), ``full_waits`` (for space or a free call slot),
+    ``rescued_waits`` (lost wake-ups; 0 unless there is a bug), ``dropped_late`` (frames for
+    calls given up before), ``violations`` (of the format, by a worker)."""
 
 
 class Supervisor:
@@ -43,6 +48,8 @@ class Supervisor:
         self._incarnation: Incarnation | None = None
         self._count = 0
         self._closed = False
+        # Of the workers before this one.
+        self._counters: Counter[str] = Counter()
 
     def incarnation(self) -> Incarnation:
         """The living worker, started if there is none. Does not wait for its session.
@@ -60,7 +67,7 @@ class Supervisor:
             current = self._incarnation
             if current is None or not current.alive:
                 if current is not None:
-                    current.end()
+                    self._end(current)
                 self._count += 1
                 current = self._incarnation = Incarnation(self.spec, self._count)
             return current
@@ -69,8 +76,7 @@ class Supervisor:
         """Take note that a worker died before it took a call."""
         with self._lock:
             if self._incarnation is incarnation:
-                incarnation.end()
-                self._incarnation = None
+                self._end(incarnation)
 
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were."""
@@ -88,9 +94,13 @@ class Supervisor:
         """After `ask_to_end`: make sure that the worker has ended within `timeout` seconds."""
         current = self._incarnation
         if current is not None:
-            current.end(timeout)
-            # Its memory and descriptors go, even if the closed pool is kept.
-            self._incarnation = None
+            self._end(current, timeout)
+
+    def _end(self, incarnation: Incarnation, timeout: float = 0.0) -> None:
+        incarnation.end(timeout)
+        self._counters.update(incarnation.channel.counters())
+        # Its memory and descriptors go, even if a closed pool is kept.
+        self._incarnation = None
 
     def status(self) -> RoleStatus:
         """See `RoleStatus`."""
@@ -101,6 +111,9 @@ class Supervisor:
             state = "dead"
         else:
             state = "ready" if current.is_ready() else "starting"
+        counters = self._counters.copy()
+        if current is not None:
+            counters.update(current.channel.counters())
         running = current if state in ("starting", "ready") else None
         return RoleStatus(
             role=self.spec.name,
@@ -110,5 +123,5 @@ class Supervisor:
             uptime=time.monotonic() - running.started if running else None,
             load_seconds=running.ready.load_seconds if running and running.ready else None,
             in_flight=len(running.in_flight()) if running else 0,
-            counters=running.channel.counters() if running else {},
+            counters=dict(counters),
         )
