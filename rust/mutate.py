@@ -183,7 +183,13 @@ def command(caught_by: str) -> tuple[list[str], dict[str, str]]:
     """What runs the tests, and the environment that it needs beside this one."""
     cargo = ["cargo", "test", "--quiet", "--locked", "-p", "inferpool-transport"]
     if caught_by.startswith("loom"):
-        flags = {"RUSTFLAGS": "--cfg loom -C debug-assertions", "LOOM_MAX_PREEMPTIONS": "2"}
+        flags = {
+            "RUSTFLAGS": "--cfg loom -C debug-assertions",
+            "LOOM_MAX_PREEMPTIONS": "2",
+            # Compiling takes longer than the models do.
+            "CARGO_PROFILE_RELEASE_LTO": "off",
+            "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16",
+        }
         return [*cargo, "--release", "--target-dir", "target/loom", "--lib", caught_by[5:]], flags
     target = ["--lib"] if caught_by == "lib" else ["--test", caught_by]
     return [*cargo, "--target-dir", "target/mutants", *target], {}
