@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant("ring.rs", "if ready(self)? {", "if false && ready(self)? {", "loom ring_tests"),
     Mutant(
         "host/lead.rs",
-        "        me.drain();\n        // A leader, if",
-        "        // A leader, if",
+        "            looked?;\n        }\n",
+        "            looked?;\n        }\n        me.drain();\n",
         "loom event_loop",
     ),
     Mutant(
@@ -106,13 +106,15 @@ MUTANTS = [
     Mutant("ring.rs", "head < self.head ||", "", "properties"),
     Mutant("ring.rs", "|| head > self.tail", "", "hostile"),
     Mutant("ring.rs", "|| !head.is_multiple_of(ALIGN as u64)", "", "hostile"),
-    Mutant("ring.rs", "space > capacity - offset || ", "", "properties"),
+    Mutant("ring.rs", "space > capacity - offset || ", "", "hostile"),
     Mutant("ring.rs", " || space as u64 > self.tail - self.head", "", "hostile"),
     Mutant("ring.rs", "if space != capacity - offset {", "if false {", "hostile"),
     Mutant("record.rs", "_ => return Err(Violation::Kind),", "_ => Self::Data,", "hostile"),
     Mutant("record.rs", "if header.flags & !(FIRST | LAST) != 0 {", "if false {", "hostile"),
     Mutant("record.rs", "if u64::from(header.length) > header.total {", "if false {", "hostile"),
-    Mutant("assemble.rs", "if partial.filled + length > partial.body.len() {", "if false {", "lib"),
+    Mutant(
+        "assemble.rs", "if partial.filled + length > partial.body.len() {", "if false {", "hostile"
+    ),
     Mutant("assemble.rs", "if complete != (header.flags & LAST != 0) {", "if false {", "lib"),
     Mutant("assemble.rs", "if total > self.limit {", "if false {", "hostile"),
     Mutant("assemble.rs", "if known.is_some() {", "if false {", "hostile"),

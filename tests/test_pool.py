@@ -319,6 +319,49 @@ def test_status_tells_what_a_role_is_doing(pool: Pool) -> None:
     assert status.load_seconds is not None
 
 
+def test_counters_say_what_the_channel_did(pool: Pool) -> None:
+    size = 9 << 20  # more than two rings
+    assert pool.call("echo", "echo", b"x" * size) == b"x" * size
+    assert list(pool.stream("echo", "count", 3)) == [0, 1, 2]
+    counters = pool.status()["echo"].counters
+    assert counters["frames_sent"] == 3  # and the start message
+    assert counters["frames_received"] == 2 + 2 + 4
+    assert counters["bytes_sent"] > size
+    assert counters["bytes_received"] > size
+    assert counters["fragments"] > 18
+    assert counters["full_waits"] >= 0
+    assert (counters["rescued_waits"], counters["dropped_late"], counters["violations"]) == (
+        0,
+        0,
+        0,
+    )
+    pool.close()
+    assert pool.status()["echo"].counters == counters
+
+
+def test_an_idle_pool_sleeps() -> None:
+    with Pool(a=echo_role(), b=echo_role()) as pool:
+        pool.start()
+        pids = [status.pid for status in pool.status().values()]
+
+        def switches() -> int:
+            lines = [
+                line
+                for pid in pids
+                for status in Path(f"/proc/{pid}/task").glob("*/status")
+                for line in status.read_text().splitlines()
+            ]
+            return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+        def asleep() -> bool:
+            before = switches()
+            time.sleep(1)
+            return switches() == before
+
+        # The last spin after the start takes a moment, and more on a busy machine.
+        assert eventually(asleep)
+
+
 def test_status_while_a_worker_loads() -> None:
     with Pool(slow=echo_role(load_seconds=30)) as pool:
         pool.ping()

@@ -105,6 +105,7 @@ pub fn parse(body: &[u8]) -> Result<Spans, Violation> {
         let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| Violation::Body)?;
         let start = part_start(index, end);
         end = start.checked_add(length).ok_or(Violation::Body)?;
+        // At once, since the next start is rounded up from here.
         if end > body.len() {
             return Err(Violation::Body);
         }

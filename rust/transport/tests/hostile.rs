@@ -6,8 +6,8 @@
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use inferpool_transport::body::{Gather, parse};
@@ -224,7 +224,7 @@ fn every_value_of_every_header_byte() {
 #[test]
 fn frames_that_the_format_forbids() {
     type Forgery = fn(Header) -> Header;
-    let cases: [(Violation, Forgery); 10] = [
+    let cases: [(Violation, Forgery); 12] = [
         (Violation::Kind, |header| Header {
             kind: Kind::Request,
             ..header
@@ -240,6 +240,15 @@ fn frames_that_the_format_forbids() {
         }),
         (Violation::Length, |header| Header {
             length: 33,
+            ..header
+        }),
+        (Violation::Length, |header| Header {
+            length: 64,
+            total: 64,
+            ..header
+        }),
+        (Violation::Kind, |header| Header {
+            flags: FIRST | LAST | 4,
             ..header
         }),
         (Violation::UnknownCall, |header| Header {
@@ -319,6 +328,37 @@ fn positions_that_run_backwards() {
         attack.set(REPLY_TAIL, attack.tail.wrapping_sub(back));
         attack.expect(Violation::Position);
     }
+}
+
+#[test]
+fn a_position_within_a_record() {
+    let mut attack = Attack::new();
+    let call = attack.send();
+    attack.forge(Attack::header(call, 0), &[]);
+    attack.set(REPLY_TAIL, attack.tail + 1);
+    attack.expect(Violation::Position);
+    assert_eq!(attack.host.counters().frames_received, 0);
+}
+
+#[test]
+fn a_record_that_passes_the_end_of_the_ring() {
+    let mut attack = Attack::new();
+    let call = attack.send();
+    for sequence in 0..126 {
+        let header = Header {
+            sequence,
+            ..Attack::header(call, 0)
+        };
+        attack.forge(header, &[]);
+    }
+    assert_eq!(attack.look(), None);
+    let header = Header {
+        sequence: 126,
+        ..Attack::header(call, 4000)
+    };
+    attack.write(REPLIES + attack.tail as usize, &header.to_wire());
+    attack.set(REPLY_TAIL, attack.tail + CAPACITY as u64);
+    attack.expect(Violation::Length);
 }
 
 #[test]
@@ -423,11 +463,16 @@ fn lengths_that_change_between_check_and_use() {
             );
         }
         let stop = AtomicBool::new(false);
+        let begun = Barrier::new(2);
         let start = attack.start.addr();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let lengths = [64, 0, 32, 65, 4096, u32::MAX];
-                for (at, length) in (0..8).cycle().zip(lengths.into_iter().cycle()) {
+                let records = (0..8).cycle().zip(lengths.into_iter().cycle());
+                for (count, (at, length)) in records.enumerate() {
+                    if count == 8 {
+                        begun.wait();
+                    }
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
@@ -436,6 +481,7 @@ fn lengths_that_change_between_check_and_use() {
                     unsafe { field.write_volatile(length) };
                 }
             });
+            begun.wait();
             let end = attack.look();
             while let Some(Event::Data(frame)) = attack.host.poll(call).unwrap() {
                 // Part counts of four billion, or nothing at all.

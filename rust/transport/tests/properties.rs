@@ -402,6 +402,28 @@ fn a_body_has_no_more_parts_than_allowed() {
     let empty: &[u8] = &[];
     assert!(Gather::new(&[empty; 4096]).is_some());
     assert!(Gather::new(&[empty; 4097]).is_none());
+    let mut table = vec![0; 8 + 4097 * 8];
+    table[..4].copy_from_slice(&4097_u32.to_le_bytes());
+    assert!(parse(&table).is_err());
+}
+
+#[test]
+fn a_body_is_as_long_as_its_parts() {
+    let body = |lengths: [u64; 2], size: usize| {
+        let mut body = vec![0; size];
+        body[..4].copy_from_slice(&2_u32.to_le_bytes());
+        body[8..16].copy_from_slice(&lengths[0].to_le_bytes());
+        body[16..24].copy_from_slice(&lengths[1].to_le_bytes());
+        body
+    };
+    assert!(parse(&body([8, 6], 70)).is_ok());
+    for size in [24, 63, 64, 69, 71, 128] {
+        assert!(parse(&body([8, 6], size)).is_err());
+    }
+    for length in [u64::MAX, u64::MAX - 24, u64::MAX - 60, 1 << 63] {
+        assert!(parse(&body([length, 6], 70)).is_err());
+        assert!(parse(&body([8, length], 70)).is_err());
+    }
 }
 
 // ---- headers and control messages ----
