@@ -66,7 +66,7 @@ pub fn is_valid_capacity(capacity: usize) -> bool {
 /// Bytes of body that fit into one record: with half the ring, a record and the padding before it
 /// always fit into an empty ring; with a quarter, the other side copies out while this one writes.
 fn max_body(capacity: usize) -> usize {
-    (capacity / 4 - HEADER).max(ALIGN)
+    (capacity / 4).saturating_sub(HEADER).max(ALIGN)
 }
 
 /// The writing end.
