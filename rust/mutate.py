@@ -175,9 +175,9 @@ MUTANTS = [
         "hostile",
         1,
     ),
-    Mutant("worker.rs", "header.kind != Kind::Request || ", "", "channel"),
-    Mutant("worker.rs", " || header.slot >= SLOTS", "", "channel"),
-    Mutant("worker.rs", " || header.sequence != 0", "", "channel"),
+    Mutant("worker.rs", "header.kind != Kind::Request || ", "", "hostile"),
+    Mutant("worker.rs", " || header.slot >= SLOTS", "", "hostile"),
+    Mutant("worker.rs", " || header.sequence != 0", "", "hostile"),
 ]
 
 

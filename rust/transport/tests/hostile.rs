@@ -14,7 +14,8 @@ use inferpool_transport::body::{Gather, parse};
 use inferpool_transport::control::{Control, Progress, SIZE};
 use inferpool_transport::record::{FIRST, HEADER, Header, Kind, LAST};
 use inferpool_transport::{
-    End, Error, Event, Host, Notifier, Outcome, Outgoing, Patience, Settings, Violation, WaitPolicy,
+    End, Error, Event, Host, Notifier, Outcome, Outgoing, Patience, Settings, Violation,
+    WaitPolicy, Worker,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{
@@ -706,4 +707,56 @@ fn the_segment_can_not_be_cut_off() {
     }
     attack.send();
     assert_eq!(attack.look(), None);
+}
+
+/// The worker checks what its host wrote, too: a host whose memory is damaged should not damage it.
+#[test]
+fn requests_that_the_format_forbids() {
+    let honest = Header {
+        kind: Kind::Request,
+        ..Attack::header(1, 0)
+    };
+    let forged = [
+        Header {
+            kind: Kind::Data,
+            ..honest
+        },
+        Header {
+            slot: 256,
+            ..honest
+        },
+        Header {
+            sequence: 1,
+            ..honest
+        },
+    ];
+    let parent = i32::try_from(std::os::unix::process::parent_id()).unwrap();
+    let settings = Settings {
+        frame_limit: FRAME_LIMIT,
+        wait: WaitPolicy::Park,
+    };
+    for (request, allowed) in forged
+        .into_iter()
+        .map(|header| (header, false))
+        .chain([(honest, true)])
+    {
+        let attack = Attack::new();
+        let worker = Worker::attach(attack.host.inheritance().unwrap(), parent, settings).unwrap();
+        attack.write(DATA, &request.to_wire());
+        attack.set(REQUEST_TAIL, 32);
+        let received = worker.receive(Patience::Park {
+            until: Some(Instant::now() + Duration::from_secs(10)),
+            gate: None,
+        });
+        match received {
+            Ok(Some(_)) => assert!(allowed, "{request:?}"),
+            Err(Error::Protocol(violation)) => {
+                assert!(!allowed);
+                assert_eq!(violation, Violation::Kind);
+            }
+            other => panic!("{other:?}"),
+        }
+        // Before the host's end of the control socket closes, which would end this process.
+        worker.join_heartbeat();
+    }
 }
