@@ -50,6 +50,15 @@ def _draw(rows: list[Row]) -> None:
         print(f"not drawn: {error}", file=sys.stderr)
 
 
+def _latest() -> list[Row]:
+    """What is on file; comparisons that are not measured anew stay."""
+    try:
+        figures = json.loads((RESULTS / "latest.json").read_text())
+    except FileNotFoundError:
+        return []
+    return [Row(**row) for row in figures["rows"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
@@ -62,8 +71,10 @@ def main() -> None:
     Console(width=120).print(table(rows))
     if not arguments.quick:
         machine = {"cpus": os.cpu_count(), "system": platform.system(), "cpu": platform.machine()}
-        figures = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
         RESULTS.mkdir(exist_ok=True)
+        measured = {row.comparison for row in rows}
+        kept = [row for row in _latest() if row.comparison not in measured]
+        figures = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows + kept]}
         _draw(rows)
         (RESULTS / "latest.json").write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -128,10 +128,11 @@ def _stream(*, rounds: int, items: int) -> list[Row]:
 
 def _threads(*, rounds: int, calls: int) -> list[Row]:
     rows: list[Row] = []
-    for wait in ("adaptive", "park"):
+    # A sleeping caller takes ten times as long.
+    for wait, number in (("adaptive", calls), ("park", calls // 10)):
         with _pool(wait=wait) as pool:
 
-            def rate(threads: int, pool: Pool = pool) -> float:
+            def rate(threads: int, pool: Pool = pool, calls: int = number) -> float:
                 def work() -> None:
                     for _ in range(calls // threads):
                         pool.call("echo", "echo", SMALL)
@@ -167,6 +168,6 @@ def run(*, quick: bool) -> list[Row]:
     for size, repeats in ((1 << 20, 10), (16 << 20, 3)):
         rows += _round_trips(size, np.zeros(size, np.uint8), rounds=rounds, repeats=repeats)
     rows += _asyncio(rounds=rounds, turns=100)
-    rows += _stream(rounds=3 if quick else 7, items=50_000 if quick else 1_000_000)
+    rows += _stream(rounds=3 if quick else 5, items=50_000 if quick else 1_000_000)
     rows += _threads(rounds=rounds, calls=4_000 if quick else 40_000)
     return rows
