@@ -52,6 +52,10 @@ class FakeRequest:
     def send(self, parts: Sequence[codec.Buffer]) -> None:
         self.sent.append(codec.decode(parts))
 
+    def try_send(self, parts: Sequence[codec.Buffer]) -> bool:
+        self.send(parts)
+        return True
+
     def fail(self, parts: Sequence[codec.Buffer]) -> None:
         self.outcome.append(codec.decode(parts)[1]["type_name"])
 
@@ -64,7 +68,7 @@ class FakeChannel:
 
     unexpected_control = 0
 
-    def __init__(self, requests: Sequence[FakeRequest]) -> None:
+    def __init__(self, requests: Sequence[FakeRequest | None]) -> None:
         self.requests = list(requests)
         self.abort = FakeToken()
         self.events: list[str] = []
@@ -73,7 +77,8 @@ class FakeChannel:
     def shutting_down(self) -> bool:
         return not self.requests
 
-    def receive(self) -> FakeRequest | None:
+    def receive(self, timeout: float | None = None) -> FakeRequest | None:
+        self.events.append(f"receive({timeout})")
         return self.requests.pop(0)
 
     def shut_down(self) -> None:
@@ -81,14 +86,6 @@ class FakeChannel:
 
     def join_heartbeat(self) -> None:
         self.events.append("heartbeat joined")
-
-
-class FakeSession:
-    def __init__(self, channel: FakeChannel) -> None:
-        self.channel = channel
-
-    def close(self) -> None:
-        self.channel.events.append("session closed")
 
 
 class FakeLog:
@@ -105,11 +102,21 @@ def keep_stdio(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def run(channel: FakeChannel, **handlers: Any) -> None:
+class FakeSession:
+    def __init__(self, channel: FakeChannel) -> None:
+        self.channel = channel
+
+    def close(self) -> None:
+        self.channel.events.append("session closed")
+
+
+def run(
+    channel: FakeChannel, session_class: type[FakeSession] = FakeSession, **handlers: Any
+) -> None:
     def make_session(role_config: RoleConfig, abort: Any) -> FakeSession:
         assert role_config is CONFIG
         assert abort is channel.abort
-        return FakeSession(channel)
+        return session_class(channel)
 
     run_worker(channel, CONFIG, session_factory=make_session, kind_handlers=handlers)  # type: ignore[arg-type]
 
@@ -174,6 +181,47 @@ def test_an_unexpected_control_message_is_logged_and_dropped(tmp_path: Path) -> 
         assert pool.call("echo", "echo", 1) == 1
         assert pool.ping() < 5
         assert pool.status()["echo"].incarnation == 1
+
+
+class SteppingSession(FakeSession):
+    """Answers what was deferred, one step each."""
+
+    def __init__(self, channel: FakeChannel) -> None:
+        super().__init__(channel)
+        self.waiting: list[Reply] = []
+
+    def step(self) -> float | None:
+        self.channel.events.append("step")
+        reply = self.waiting.pop(0)
+        assert not reply.cancelled
+        assert reply.try_send("late", None)
+        reply.end()
+        return 0.0 if self.waiting else None
+
+
+def submit(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    state.session.waiting.append(reply)  # type: ignore[attr-defined]
+    reply.defer()
+
+
+def test_deferred_calls_are_served_by_steps_between_requests() -> None:
+    first, second = (FakeRequest(codec.encode("submit", None)) for _ in range(2))
+    channel = FakeChannel([first, second, None, None, None])
+    run(channel, SteppingSession, submit=submit)
+    assert [request.outcome for request in (first, second)] == [["end"], ["end"]]
+    assert first.sent == [("late", None)]
+    steps = ["receive(None)", "receive(0.0)", "receive(0.0)", "step", "receive(0.0)", "step"]
+    assert channel.events[: len(steps)] == steps
+    assert channel.events[len(steps)] == "receive(None)"
+
+
+def test_a_step_that_raises_fails_what_was_deferred_and_the_loop_goes_on() -> None:
+    def submit_nowhere(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        reply.defer()
+
+    first, second = (FakeRequest(codec.encode("submit", None)) for _ in range(2))
+    run(FakeChannel([first, None, second, None]), SteppingSession, submit=submit_nowhere)
+    assert [request.outcome for request in (first, second)] == [["IndexError"], ["IndexError"]]
 
 
 def test_an_error_too_long_for_a_frame_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,15 @@ __all__ = [
 class AbortToken:
     """Set once a call, or the whole worker, should stop; never cleared."""
 
+    def union(self, other: AbortToken, /) -> AbortToken:
+        """A token that is set once this one is, or `other`, of the same worker."""
+
     def is_set(self) -> bool:
         """Whether to stop."""
 
     @property
     def cancelled(self) -> bool:
-        """Whether the host has cancelled this token's call."""
+        """Whether the host has cancelled a call of this token."""
 
     @property
     def callback(self) -> int:
@@ -252,6 +255,9 @@ class Request:
             PayloadTooLarge: the item is above the frame limit.
         """
 
+    def try_send(self, parts: Sequence[Buffer]) -> bool:
+        """As `send`, but false where that would wait; then try again with the same parts."""
+
     def fail(self, parts: Sequence[Buffer]) -> None:
         """End the call with an error that these parts describe."""
 
@@ -270,8 +276,12 @@ class WorkerChannel:
         From then on the process ends when the host does.
         """
 
-    def receive(self) -> Request | None:
-        """Wait for a request; None when there is something else to look at."""
+    def receive(self, timeout: float | None = None) -> Request | None:
+        """Wait for a request; None when there is something else to look at.
+
+        Args:
+            timeout: seconds to wait at most; 0 takes what is there.
+        """
 
     @property
     def shutting_down(self) -> bool:

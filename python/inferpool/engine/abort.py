@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 __all__ = ["AbortToken"]
 
@@ -12,6 +12,9 @@ class AbortToken(Protocol):
 
     def is_set(self) -> bool:
         """Whether the call should end now."""
+
+    def union(self, other: Self, /) -> Self:
+        """A token that is set once this one is, or ``other``."""
 
     @property
     def callback(self) -> int:

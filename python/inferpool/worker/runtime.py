@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
@@ -45,7 +45,13 @@ _log = logging.getLogger("inferpool.worker")
 
 
 class Session(Protocol):
-    """A loaded model, or whatever a role keeps between calls."""
+    """A loaded model, or whatever a role keeps between calls.
+
+    A session that serves several calls at once also has ``step() -> float | None``. The loop
+    calls it whenever no request is waiting: it does a piece of work for the calls that handlers
+    have deferred, and returns for how many seconds the loop may wait for a request before the
+    next step: 0 while there is work, None when there is none.
+    """
 
     def close(self) -> None:
         """Release everything. Called exactly once."""
@@ -54,16 +60,23 @@ class Session(Protocol):
 class Reply:
     """Answers one call. Whatever is sent belongs to that call and to no other."""
 
-    __slots__ = ("_request", "_send")
+    __slots__ = ("_request", "_send", "_state", "deferred")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, state: WorkerLoopState) -> None:
         self._request = request
         self._send = request.send
+        self._state = state
+        self.deferred = False
 
     @property
     def abort(self) -> AbortToken:
         """Set when this call should stop: it was cancelled, or the worker shuts down."""
         return self._request.abort
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for this answer any more."""
+        return self._request.cancelled
 
     def send(self, kind: WireKind, payload: Any) -> None:
         """Send one item of the answer, waiting while the reader is a window behind.
@@ -76,6 +89,27 @@ class Reply:
             PoolClosed: the worker shuts down, or the call has ended.
         """
         self._send(codec.encode(kind, payload))
+
+    def try_send(self, kind: WireKind, payload: Any) -> bool:
+        """As `send`, but false where that would wait; then try again with the same item."""
+        return self._request.try_send(codec.encode(kind, payload))
+
+    def defer(self) -> None:
+        """Leave the call open when its handler returns, for `end` or `fail` to end it later."""
+        self.deferred = True
+        self._state.deferred.add(self)
+
+    def end(self) -> None:
+        """End a deferred call well."""
+        self._finish(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End a deferred call with an error."""
+        self._finish(error)
+
+    def _finish(self, error: BaseException | None) -> None:
+        self._state.deferred.discard(self)
+        _finish(self._request, error, self._state)
 
 
 KindHandler = Callable[[Reply, Any, "WorkerLoopState"], None]
@@ -92,6 +126,8 @@ class WorkerLoopState:
     """Requests that have ended, well or not."""
     dropped: int = 0
     """Requests that were given up before their answer was complete."""
+    deferred: set[Reply] = field(default_factory=set)
+    """Calls that have outlived their handler."""
 
 
 def run_worker(
@@ -141,22 +177,40 @@ def _dispatch(
 ) -> None:
     unexpected = 0
     log_checked = 0.0
+    step = getattr(state.session, "step", None)
+    patience: float | None = None
     while not channel.shutting_down:
-        request = channel.receive()
+        request = channel.receive(patience)
         if request is not None:
             _serve(request, kind_handlers, state)
+            # What has come meanwhile is taken before the next step.
+            patience = 0.0 if state.deferred else None
             now = time.monotonic()
             if now - log_checked > LOG_CHECK_SECONDS:
                 log.limit_size()
                 log_checked = now
-        elif channel.unexpected_control != unexpected:
+            continue
+        if channel.unexpected_control != unexpected:
             unexpected = channel.unexpected_control
             _log.warning("dropped an unexpected control message (%d so far)", unexpected)
+        if step is not None:
+            patience = _step(step, state)
+
+
+def _step(step: Callable[[], float | None], state: WorkerLoopState) -> float | None:
+    try:
+        return step()
+    except BaseException as error:  # noqa: BLE001  # SystemExit too: the loop goes on
+        _log.exception("a step failed, and with it the calls that it served")
+        for reply in list(state.deferred):
+            reply.fail(error)
+        return None
 
 
 def _serve(
     request: Request, kind_handlers: Mapping[WireKind, KindHandler], state: WorkerLoopState
 ) -> None:
+    reply = Reply(request, state)
     try:
         if request.cancelled:
             raise CallCancelled("given up before it was served")
@@ -165,30 +219,31 @@ def _serve(
             handler = kind_handlers.get(kind)
             if handler is None:
                 raise ValueError(f"unknown kind {kind!r}; known: {sorted(kind_handlers)}")
-            handler(Reply(request), payload, state)
-        request.end()
-    except (CallCancelled, PoolClosed) as error:
-        state.dropped += 1
-        # A handler may also give up by itself, which its caller must learn.
-        if request.cancelled:
-            _end_quietly(request)
-        else:
-            report_failure(request, error)
+            handler(reply, payload, state)
     except BaseException as error:  # noqa: BLE001  # SystemExit too: the loop goes on
-        _log.warning("call %d failed", request.call, exc_info=True)
-        report_failure(request, error)
-    finally:
-        state.served += 1
+        reply.fail(error)
+    else:
+        if not reply.deferred:
+            reply.end()
+
+
+def _finish(request: Request, error: BaseException | None, state: WorkerLoopState) -> None:
+    state.served += 1
+    given_up = isinstance(error, CallCancelled | PoolClosed)
+    state.dropped += given_up
+    # A handler may also give up by itself, which its caller must learn.
+    if error is None or (given_up and request.cancelled):
+        # The host wants to know when the call's slot is free, even of one that it gave up.
+        with contextlib.suppress(PoolClosed):
+            request.end()
+        return
+    if not given_up:
+        _log.warning("call %d failed", request.call, exc_info=error)
+    report_failure(request, error)
 
 
 def _answer_nothing(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Serve `READY_KIND`: that it is served at all is the answer."""
-
-
-def _end_quietly(request: Request) -> None:
-    # The host wants to know when the call's slot is free, not how the call ended.
-    with contextlib.suppress(PoolClosed):
-        request.end()
 
 
 def report_failure(request: Request, error: BaseException) -> None:

@@ -18,6 +18,11 @@ impl From<AbortToken> for PyAbortToken {
 
 #[pymethods]
 impl PyAbortToken {
+    #[pyo3(signature = (other, /))]
+    fn union(&self, other: &Self) -> Self {
+        self.0.union(&other.0).into()
+    }
+
     fn is_set(&self) -> bool {
         self.0.is_set()
     }

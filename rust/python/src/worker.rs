@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use inferpool_transport::body::Gather;
 use inferpool_transport::record::Kind;
-use inferpool_transport::{Inherited, ReplyPort, Worker};
+use inferpool_transport::{Error, Inherited, Patience, ReplyPort, Worker};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -13,7 +13,7 @@ use pyo3::types::PyTuple;
 
 use crate::abort::PyAbortToken;
 use crate::event::parts;
-use crate::python::{Parts, Raised, SENT_AT_ONCE, patiently, settings};
+use crate::python::{Parts, Raised, SENT_AT_ONCE, deadline, patiently, settings};
 
 /// The worker's end of a channel.
 #[pyclass(frozen, name = "WorkerChannel", module = "inferpool._transport")]
@@ -42,8 +42,17 @@ impl PyWorkerChannel {
         ))
     }
 
-    fn receive(&self, py: Python<'_>) -> PyResult<Option<PyRequest>> {
-        let frame = patiently(py, None, |patience| self.0.receive(patience))?;
+    #[pyo3(signature = (timeout=None))]
+    fn receive(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<PyRequest>> {
+        let frame = if timeout == Some(0.0) {
+            self.0.poll().map_err(Raised::from)?
+        } else {
+            let attempt = |patience: Patience<'_>| match self.0.receive(patience) {
+                Err(Error::TimedOut) => Ok(None),
+                received => received,
+            };
+            patiently(py, deadline(timeout)?, attempt)?
+        };
         let Some(frame) = frame else { return Ok(None) };
         let port = ReplyPort::new(Arc::clone(&self.0), &frame.header);
         let parts = parts(py, frame)?;
@@ -105,6 +114,13 @@ impl PyRequest {
 
     fn send(&self, py: Python<'_>, parts: Parts) -> PyResult<()> {
         parts.with(py, |body| self.send_frame(py, Kind::Data, body))
+    }
+
+    fn try_send(&self, py: Python<'_>, parts: Parts) -> PyResult<bool> {
+        parts.with(py, |body| match self.port.try_send(Kind::Data, body) {
+            Some(sent) => Ok(sent.map(|()| true).map_err(Raised::from)?),
+            None => Ok(false),
+        })
     }
 
     fn fail(&self, py: Python<'_>, parts: Parts) -> PyResult<()> {

@@ -22,33 +22,45 @@ pub(crate) fn is_cancelled(segment: &Segment, slot: u32, call: u64) -> bool {
     segment.slot(slot).cancelled.load(Ordering::Relaxed) == call
 }
 
-/// Set once the worker shuts down or the call is cancelled; never cleared.
+/// Set once the worker shuts down or a call of the token is cancelled; never cleared.
 ///
 /// The host marks a cancelled call in the shared segment, so the mark is seen at the next look,
 /// whichever threads of the worker get to run.
 #[derive(Debug)]
 pub struct AbortToken {
     vitals: Arc<Vitals>,
-    call: Option<(Segment, u32, u64)>,
+    /// Slot and id of each call that it stands for.
+    calls: Vec<(Segment, u32, u64)>,
 }
 
 impl AbortToken {
     pub(crate) fn of_worker(vitals: Arc<Vitals>) -> Self {
-        Self { vitals, call: None }
+        Self {
+            vitals,
+            calls: Vec::new(),
+        }
     }
 
     pub(crate) fn of_call(vitals: Arc<Vitals>, segment: Segment, slot: u32, call: u64) -> Self {
         Self {
             vitals,
-            call: Some((segment, slot, call)),
+            calls: vec![(segment, slot, call)],
         }
     }
 
-    /// Whether the host has cancelled this token's call.
+    /// Set once this token is, or `other`, of the same worker.
+    pub fn union(&self, other: &Self) -> Self {
+        Self {
+            vitals: Arc::clone(&self.vitals),
+            calls: [&self.calls[..], &other.calls].concat(),
+        }
+    }
+
+    /// Whether the host has cancelled a call of this token.
     pub fn is_cancelled(&self) -> bool {
-        self.call
-            .as_ref()
-            .is_some_and(|(segment, slot, call)| is_cancelled(segment, *slot, *call))
+        self.calls
+            .iter()
+            .any(|(segment, slot, call)| is_cancelled(segment, *slot, *call))
     }
 
     /// Whether work for this token should stop.

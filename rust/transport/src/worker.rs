@@ -134,6 +134,11 @@ impl Worker {
         Ok(())
     }
 
+    /// The next request if it is there already. Never waits.
+    pub fn poll(&self) -> Result<Option<Frame>> {
+        self.take_request(&mut lock(&self.inbox))
+    }
+
     /// The next request, or `None` when there is something else to look at: the worker is to shut
     /// down, or [`Self::unexpected_control`] has grown.
     pub fn receive(&self, patience: Patience<'_>) -> Result<Option<Frame>> {
@@ -145,7 +150,6 @@ impl Worker {
                 return Ok(None);
             }
             if let Some(frame) = self.take_request(&mut inbox)? {
-                self.vitals.requests.fetch_add(1, Ordering::Relaxed);
                 return Ok(Some(frame));
             }
             let Inbox {
@@ -188,6 +192,7 @@ impl Worker {
                 self.bell.ring();
             }
             if frame.is_some() {
+                self.vitals.requests.fetch_add(1, Ordering::Relaxed);
                 return Ok(frame);
             }
         }
@@ -272,15 +277,13 @@ impl ReplyPort {
     }
 
     /// As [`Self::send`], if that takes no waiting at all, not even for another sender. `None` when
-    /// it would; then `send` goes on.
+    /// it would; then call this or `send` again with the same arguments.
     pub fn try_send(&self, kind: Kind, body: &Gather<'_>) -> Option<Result<()>> {
-        if body.total() > self.worker.frame_limit {
-            return None;
-        }
         let mut state = try_lock(&self.state)?;
         let mut outbox = try_lock(&self.worker.outbox)?;
         let sent = self
-            .check_sendable(&state, kind)
+            .check_size(body)
+            .and_then(|()| self.check_sendable(&state, kind))
             .and_then(|()| self.advance(&mut state, &mut outbox.ring, kind, body));
         match sent {
             Ok(true) => Some(Ok(())),
@@ -296,12 +299,7 @@ impl ReplyPort {
     /// Errors: [`Error::Cancelled`] when the call was given up and the frame is not its last,
     /// [`Error::Closed`] after the last frame or on shutdown, [`Error::TooLarge`].
     pub fn send(&self, kind: Kind, body: &Gather<'_>, patience: Patience<'_>) -> Result<()> {
-        if body.total() > self.worker.frame_limit {
-            return Err(Error::TooLarge {
-                size: body.total(),
-                limit: self.worker.frame_limit,
-            });
-        }
+        self.check_size(body)?;
         let mut state = lock(&self.state);
         // Held while parked too: one sender at a time waits on the one doorbell.
         let mut outbox = lock(&self.worker.outbox);
@@ -332,6 +330,14 @@ impl ReplyPort {
                 state.ended = true;
             }
         }
+    }
+
+    fn check_size(&self, body: &Gather<'_>) -> Result<()> {
+        let (size, limit) = (body.total(), self.worker.frame_limit);
+        if size > limit {
+            return Err(Error::TooLarge { size, limit });
+        }
+        Ok(())
     }
 
     fn check_sendable(&self, state: &ReplyState, kind: Kind) -> Result<()> {

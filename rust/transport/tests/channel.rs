@@ -327,6 +327,41 @@ fn an_answer_pauses_at_the_window_until_somebody_takes_from_it() {
 }
 
 #[test]
+fn what_would_wait_can_be_tried_again() {
+    let pair = pair(4 * WINDOW);
+    assert!(pair.worker.poll().unwrap().is_none());
+    let (call, port) = pair.open_call();
+    let (all, one): (&[&[u8]], &[&[u8]]) = (&[&payload(3, WINDOW)], &[b"x"]);
+    let attempt = |parts| port.try_send(Kind::Data, &Gather::new(parts).unwrap());
+    assert!(matches!(attempt(all), Some(Ok(()))));
+    assert!(attempt(one).is_none());
+    wait_data(&pair.host, call);
+    assert!(matches!(attempt(one), Some(Ok(()))));
+    let above_the_limit: &[&[u8]] = &[&payload(4, (4 << 20) + 1)];
+    assert!(matches!(
+        attempt(above_the_limit),
+        Some(Err(Error::TooLarge { .. }))
+    ));
+    end(&port);
+    send(&pair.host, &[b"next"]);
+    assert!(pair.worker.poll().unwrap().is_some());
+}
+
+#[test]
+fn a_union_of_tokens_is_set_once_one_of_them_is() {
+    let pair = pair(1 << 16);
+    let (_, first) = pair.open_call();
+    let (call, second) = pair.open_call();
+    let union = first.abort_token().union(&second.abort_token());
+    assert!(!union.is_set() && !union.is_cancelled());
+    pair.host.cancel(call);
+    assert!(union.is_set() && union.is_cancelled() && !first.abort_token().is_set());
+    let (other, of_worker) = (first.abort_token(), pair.worker.abort_token());
+    pair.worker.shut_down();
+    assert!(of_worker.union(&other).is_set());
+}
+
+#[test]
 fn the_last_frame_does_not_wait_for_the_window() {
     let pair = pair(4 * WINDOW);
     let (call, port) = pair.open_call();
