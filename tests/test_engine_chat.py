@@ -106,11 +106,11 @@ def test_greedy_answer_is_the_reference_token_for_token(
 
 def test_greedy_token_ids_are_those_of_the_reference(engine: ChatEngine, reference: Llama) -> None:
     asked = request("Why do bees dance?")
-    prompt = engine._encode(asked.messages)
-    ours = list(islice(engine._generate(prompt, asked, None), 32))
+    prompt = engine._prompts.build(asked)
+    ours = list(islice(engine._generate(prompt, None), 32))
     reference.reset()
     reference._ctx.kv_cache_clear()
-    assert ours == list(islice(reference.generate(prompt.tolist(), temp=0), 32))
+    assert ours == list(islice(reference.generate(prompt.tokens.tolist(), temp=0), 32))
 
 
 # Reuse of the last call's prefix
@@ -329,10 +329,10 @@ def test_failing_template_is_a_model_error(source: str) -> None:
 
 def test_a_template_can_be_given(model: Model) -> None:
     made = ChatEngine(model, **SETTINGS, chat_template="{{ messages[0].content }}")
-    prompt = made._encode([ChatMessage("user", "bees dance")])
-    assert b"".join(model.piece(token) for token in prompt) == b"bees dance"
+    prompt = made._prompts.build(request("bees dance"))
+    assert b"".join(model.piece(token) for token in prompt.tokens) == b"bees dance"
     with pytest.raises(ValueError, match="empty prompt"):
-        made._encode([ChatMessage("user", "")])
+        made._prompts.build(request(""))
     made.close()
 
 

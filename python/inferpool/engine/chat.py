@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.model import Model
-from inferpool.engine.sampler import Sampler
-from inferpool.engine.template import ChatTemplate
-from inferpool.engine.text import TextStream
-from inferpool.errors import ContextLengthExceeded, InferpoolError, ModelLoadError
-from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, FinishReason, Timings, Usage
+from inferpool.engine.prompt import Prompt, PromptBuilder
+from inferpool.errors import InferpoolError, ModelLoadError
+from inferpool.messages import ChatDelta, ChatRequest, FinishReason, Timings, Usage
 
 __all__ = ["ChatEngine"]
 
@@ -58,15 +57,10 @@ class ChatEngine:
             ModelLoadError: if there is no usable chat template, the model generates no text
                 from a prompt alone, or memory is short.
         """
-        source = chat_template or model.chat_template
-        if source is None:
-            raise ModelLoadError(
-                f"{model.path.name} has no chat template. hint: pass chat_template="
-            )
-        self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
         self._model = model
         # llama.cpp rounds the context up; what was asked for is what holds.
         self.n_ctx = n_ctx or model.n_ctx_train
+        self._prompts = PromptBuilder(model, n_ctx=self.n_ctx, chat_template=chat_template)
         self._context = Context(
             model,
             n_ctx=self.n_ctx,
@@ -96,73 +90,45 @@ class ChatEngine:
             ModelError: if llama.cpp or the chat template fails.
         """
         started = time.perf_counter()
-        prompt = self._encode(request.messages)
-        budget = self.n_ctx - len(prompt)
-        if request.max_tokens is not None:
-            budget = min(budget, request.max_tokens)
-        return self._answer(prompt, budget, request, abort, started)
-
-    def _encode(self, messages: Sequence[ChatMessage]) -> npt.NDArray[np.int32]:
-        prompt = self._model.tokenize_prompt(self._template.render(messages))
-        if not prompt.size:
-            raise ValueError("the chat template makes an empty prompt of these messages")
-        if len(prompt) + 1 > self.n_ctx:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(prompt)} tokens and the answer needs at least 1, "
-                f"the context holds {self.n_ctx}",
-                asked=len(prompt),
-                context=self.n_ctx,
-                response_budget=1,
-            )
-        return prompt
+        return self._answer(self._prompts.build(request), abort, started)
 
     def _answer(
-        self,
-        prompt: npt.NDArray[np.int32],
-        budget: int,
-        request: ChatRequest,
-        abort: AbortToken | None,
-        started: float,
+        self, prompt: Prompt, abort: AbortToken | None, started: float
     ) -> Iterator[ChatDelta]:
-        text = TextStream(request.stop)
-        tail = ""
+        parser = prompt.parser()
         n_completion = 0
         reason: FinishReason = "stop"
         first = last = started
-        for token in self._generate(prompt, request, abort):
+        for token in self._generate(prompt, abort):
             last = time.perf_counter()
             first = first if n_completion else last
             if self._model.is_eog(token):
                 break
             n_completion += 1
-            piece = text.push(self._model.piece(token))
-            if text.stopped or n_completion == budget:
-                reason = "stop" if text.stopped else "length"
-                tail = piece
+            if (delta := parser.push(prompt.piece(token))) is not None:
+                yield delta
+            if parser.stopped:
                 break
-            if piece:
-                yield ChatDelta(text=piece)
-        yield ChatDelta(
-            text=tail + text.finish(),
-            finish_reason=reason,
+            if n_completion == prompt.budget:
+                reason = "length"
+                break
+        yield msgspec.structs.replace(
+            parser.finish(reason),
             usage=Usage(
-                prompt_tokens=len(prompt),
+                prompt_tokens=len(prompt.tokens),
                 completion_tokens=n_completion,
-                total_tokens=len(prompt) + n_completion,
+                total_tokens=len(prompt.tokens) + n_completion,
             ),
             timings=Timings(prompt_seconds=first - started, completion_seconds=last - first),
         )
 
-    def _generate(
-        self, prompt: npt.NDArray[np.int32], request: ChatRequest, abort: AbortToken | None
-    ) -> Iterator[int]:
+    def _generate(self, prompt: Prompt, abort: AbortToken | None) -> Iterator[int]:
         """Token after token of the answer, without end; the last result is always unread."""
-        sampler = Sampler(request, self._model.n_vocab)
-        with closing(sampler), self._context.interruptible(abort):
+        with closing(prompt.sampler()) as sampler, self._context.interruptible(abort):
             try:
-                self._prefill(prompt)
-                sampler.see_prompt(prompt)
-                position = len(prompt)
+                self._prefill(prompt.tokens)
+                sampler.accept_prompt(prompt.tokens)
+                position = len(prompt.tokens)
                 while True:
                     token = sampler.sample(self._context)
                     yield token

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from inferpool.engine.backend import lib
 from inferpool.engine.context import Context
+from inferpool.engine.model import Model
 from inferpool.messages import ChatRequest
 
 __all__ = ["Sampler"]
@@ -21,13 +22,13 @@ class Sampler:
     top_k, top_p, min_p, temperature, then a draw. Temperature 0 takes the likeliest token.
     """
 
-    def __init__(self, request: ChatRequest, n_vocab: int) -> None:
+    def __init__(self, request: ChatRequest, model: Model) -> None:
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         self._penalises = request.repeat_penalty != 1.0
         if self._penalises:
             self._add(
                 lib.llama_sampler_init_penalties(
-                    n_vocab, _PENALTY_WINDOW, request.repeat_penalty, 0.0, 0.0
+                    model.n_vocab, _PENALTY_WINDOW, request.repeat_penalty, 0.0, 0.0
                 )
             )
         if request.temperature == 0.0:
@@ -49,12 +50,18 @@ class Sampler:
             lib.llama_sampler_free(self._chain)
             self._chain = None
 
-    def see_prompt(self, tokens: Iterable[int]) -> None:
+    def accept_prompt(self, tokens: Iterable[int]) -> None:
         """Let the repeat penalty know the prompt, as llama.cpp's server does."""
         if self._penalises:
             for token in tokens:
                 lib.llama_sampler_accept(self._chain, token)
 
-    def sample(self, context: Context) -> int:
-        """Draw the next token from the last result that ``context`` computed."""
-        return int(lib.llama_sampler_sample(self._chain, context.handle, -1))
+    def sample(self, context: Context, index: int = -1) -> int:
+        """Draw the next token of the answer.
+
+        Args:
+            context: what decoded the last batch.
+            index: position in that batch of the token whose result is to be continued, or -1
+                for the last one that has a result.
+        """
+        return int(lib.llama_sampler_sample(self._chain, context.handle, index))

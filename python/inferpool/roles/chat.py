@@ -8,9 +8,10 @@ from typing import Any, cast
 
 from inferpool.config import ChatConfig
 from inferpool.engine.abort import AbortToken
+from inferpool.engine.answer import collect
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
-from inferpool.messages import ChatDelta, ChatRequest, ChatResult, read
+from inferpool.messages import ChatDelta, ChatRequest, read
 from inferpool.models import resolve
 from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
@@ -58,20 +59,7 @@ def make_session(role_config: RoleConfig, abort: AbortToken | None) -> ChatSessi
 
 def handle_chat(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Answer a `ChatRequest` with one `ChatResult`."""
-    pieces = []
-    for delta in _deltas(reply, payload, state):
-        pieces.append(delta.text)
-    if delta.finish_reason is None or delta.usage is None or delta.timings is None:
-        raise AssertionError("the last delta says how the answer ended")
-    reply.send(
-        "chat",
-        ChatResult(
-            text="".join(pieces),
-            finish_reason=delta.finish_reason,
-            usage=delta.usage,
-            timings=delta.timings,
-        ),
-    )
+    reply.send("chat", collect(_deltas(reply, payload, state)))
 
 
 def handle_chat_stream(reply: Reply, payload: Any, state: WorkerLoopState) -> None:

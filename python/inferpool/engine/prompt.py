@@ -1,0 +1,93 @@
+"""A request to what a model reads: tokens, and how its answer is to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.engine.answer import AnswerParser
+from inferpool.engine.model import Model
+from inferpool.engine.sampler import Sampler
+from inferpool.engine.template import ChatTemplate
+from inferpool.errors import ContextLengthExceeded, ModelLoadError
+from inferpool.messages import ChatRequest
+
+__all__ = ["Prompt", "PromptBuilder"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A request that a model can start with."""
+
+    model: Model
+    request: ChatRequest
+    tokens: npt.NDArray[np.int32]
+    """Shape (n,), n at least 1."""
+    budget: int
+    """Tokens of the answer at most, at least 1."""
+
+    def sampler(self) -> Sampler:
+        """What draws the tokens of one answer; the caller closes it."""
+        return Sampler(self.request, self.model)
+
+    def parser(self) -> AnswerParser:
+        """What reads the tokens of one answer."""
+        return AnswerParser(self.request)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of ``token`` as the parser wants them."""
+        return self.model.piece(token)
+
+
+class PromptBuilder:
+    """Makes prompts for one model and its context.
+
+    Attributes:
+        n_ctx: tokens of prompt and answer together at most.
+    """
+
+    def __init__(self, model: Model, *, n_ctx: int, chat_template: str | None = None) -> None:
+        """Compile the chat template.
+
+        Args:
+            model: the weights and vocabulary.
+            n_ctx: tokens of prompt and answer together at most.
+            chat_template: jinja text to use in place of the model's own.
+
+        Raises:
+            ModelLoadError: if there is no usable chat template.
+        """
+        source = chat_template or model.chat_template
+        if source is None:
+            raise ModelLoadError(
+                f"{model.path.name} has no chat template. hint: pass chat_template="
+            )
+        self.n_ctx = n_ctx
+        self._model = model
+        self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
+
+    def build(self, request: ChatRequest) -> Prompt:
+        """Render and tokenise ``request``.
+
+        Raises:
+            ContextLengthExceeded: if the prompt leaves no room for an answer.
+            ValueError: if the chat template refuses the messages.
+            ModelError: if the chat template fails.
+        """
+        tokens = self._model.tokenize_prompt(self._template.render(request.messages))
+        if not tokens.size:
+            raise ValueError("the chat template makes an empty prompt of these messages")
+        if len(tokens) + 1 > self.n_ctx:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(tokens)} tokens and the answer needs at least 1, "
+                f"the context holds {self.n_ctx}",
+                asked=len(tokens),
+                context=self.n_ctx,
+                response_budget=1,
+            )
+        budget = self.n_ctx - len(tokens)
+        if request.max_tokens is not None:
+            budget = min(budget, request.max_tokens)
+        return Prompt(self._model, request, tokens, budget)
