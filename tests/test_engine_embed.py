@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferpool.engine import backend
-from inferpool.engine.embedder import Embedder, plan_batches
+from inferpool.engine.embedder import Embedder
 from inferpool.engine.model import Model
+from inferpool.engine.packing import Job, Packer
 from inferpool.errors import CallCancelled, ContextLengthExceeded, ModelLoadError, ModelNotFound
 from inferpool.models import resolve
 from inferpool.roles import embed as role
@@ -111,15 +113,24 @@ def test_control_tokens_in_a_text_are_text(embedder: Embedder) -> None:
 # Batch planning
 
 
-@given(st.lists(st.integers(1, 600), max_size=60), st.integers(1, 512), st.integers(1, 8))
-def test_plan_covers_every_text_once_within_the_limits(
-    lengths: list[int], n_tokens: int, n_seq_max: int
+@given(
+    st.lists(st.lists(st.integers(1, 40), max_size=12), max_size=5),
+    st.integers(1, 40),
+    st.integers(1, 8),
+)
+def test_plans_cover_every_text_once_within_the_limits(
+    calls: list[list[int]], n_tokens: int, n_seq_max: int
 ) -> None:
-    batches = plan_batches(lengths, n_tokens, n_seq_max)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert 0 < len(batch) <= n_seq_max
-        assert len(batch) == 1 or sum(lengths[i] for i in batch) <= n_tokens
+    packer = Packer.__new__(Packer)
+    packer._n_packed, packer._n_seq_max = n_tokens, n_seq_max
+    jobs = [Job([np.zeros(n, np.int32) for n in lengths], 1) for lengths in calls]
+    packer._jobs = deque(jobs)
+    planned = []
+    while plan := packer._plan():
+        assert len(plan) <= n_seq_max
+        assert len(plan) == 1 or sum(len(job.tokens(row)) for job, row in plan) <= n_tokens
+        planned += [(jobs.index(job), row) for job, row in plan]
+    assert sorted(planned) == [(i, row) for i, call in enumerate(calls) for row in range(len(call))]
 
 
 # Cancelling

@@ -19,13 +19,17 @@ from inferpool import (
     EmbedConfig,
     ModelLoadError,
     Pool,
+    RerankConfig,
     WorkerCrashed,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "minilm.json").read_text())
+DATA = Path(__file__).parent / "data"
+GOLDEN = json.loads((DATA / "minilm.json").read_text())
+RERANK_GOLDEN = json.loads((DATA / "tiny-reranker.json").read_text())["items"]
 # One thread: the tests share the machine, and idle OpenMP threads would fight over it.
 CHAT = ChatConfig("smollm2", n_threads=1)
 EMBED = EmbedConfig("minilm", n_threads=1)
+RERANK = RerankConfig(str(DATA / "tiny-reranker.gguf"), n_threads=1)
 QUESTION = "Why is the sky blue? Answer in one sentence."
 
 
@@ -33,6 +37,12 @@ QUESTION = "Why is the sky blue? Answer in one sentence."
 def models() -> Iterator[Pool]:
     with Pool(chat=CHAT, embed=EMBED) as pool:
         yield pool.start()
+
+
+@pytest.fixture(scope="module")
+def rerank() -> Iterator[Pool]:
+    with Pool(rerank=RERANK) as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +74,35 @@ def test_embed_options(models: Pool) -> None:
 def test_texts_of_the_wrong_type_are_refused(models: Pool, texts: object) -> None:
     with pytest.raises(TypeError):
         models.embed(texts)  # type: ignore[arg-type]
+
+
+def test_rerank_orders_by_the_reference_scores(rerank: Pool) -> None:
+    items = [item for item in RERANK_GOLDEN if item["query"] == RERANK_GOLDEN[0]["query"]]
+    documents = [item["document"] for item in items]
+    results = rerank.rerank(items[0]["query"], documents)
+    assert [r.index for r in results] == sorted(range(len(items)), key=lambda i: -items[i]["score"])
+    for result in results:
+        assert abs(result.relevance_score - items[result.index]["score"]) <= 0.02
+    best = rerank.rerank(items[0]["query"], documents, top_n=1, normalize=True)
+    assert [r.index for r in best] == [results[0].index]
+    assert 0 < best[0].relevance_score < 1
+    assert rerank.rerank("bees", []) == []
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "error"),
+    [("a str", {}, TypeError), ([1], {}, TypeError), (["a"], {"top_n": 0}, ValueError)],
+)
+def test_rerank_refuses_by_name(
+    rerank: Pool, documents: object, options: dict[str, int], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=r"documents|top_n"):
+        rerank.rerank("bees", documents, **options)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_no_reranker() -> None:
+    with Pool(rerank="minilm") as pool, pytest.raises(ModelLoadError, match="no reranker"):
+        pool.rerank("bees", ["honey"])
 
 
 def test_a_streamed_answer_is_the_whole_answer(models: Pool) -> None:
@@ -140,7 +179,8 @@ def test_a_killed_chat_worker_leaves_its_tokens_and_is_replaced(models: Pool) ->
 
 def test_roles_on_an_event_loop() -> None:
     async def main() -> None:
-        async with AsyncPool(chat=CHAT, embed=EMBED) as pool:
+        async with AsyncPool(chat=CHAT, embed=EMBED, rerank=RERANK) as pool:
+            assert len(await pool.rerank("bees", ["honey", "stocks"], top_n=1)) == 1
             vectors, answer = await asyncio.gather(
                 pool.embed(["one", "two"]), pool.chat(QUESTION, max_tokens=4)
             )

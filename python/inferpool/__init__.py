@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inferpool.config import ChatConfig, EmbedConfig, Role
+    from inferpool.config import ChatConfig, EmbedConfig, RerankConfig, Role
     from inferpool.errors import (
         CallCancelled,
         CallError,
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from inferpool.host.pool import AsyncPool, Pool
     from inferpool.host.stream import AsyncStream, Stream
     from inferpool.host.supervisor import RoleStatus
-    from inferpool.messages import ChatDelta, ChatResult, Timings, Usage
+    from inferpool.messages import ChatDelta, ChatResult, RerankResult, Timings, Usage
 
 _HOMES = {
-    "inferpool.config": ["ChatConfig", "EmbedConfig", "Role"],
+    "inferpool.config": ["ChatConfig", "EmbedConfig", "RerankConfig", "Role"],
     "inferpool.errors": [
         "CallCancelled",
         "CallError",
@@ -64,7 +64,7 @@ _HOMES = {
     "inferpool.host.pool": ["AsyncPool", "Pool"],
     "inferpool.host.stream": ["AsyncStream", "Stream"],
     "inferpool.host.supervisor": ["RoleStatus"],
-    "inferpool.messages": ["ChatDelta", "ChatResult", "Timings", "Usage"],
+    "inferpool.messages": ["ChatDelta", "ChatResult", "RerankResult", "Timings", "Usage"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -89,6 +89,8 @@ __all__ = [
     "ProtocolError",
     "QueueFull",
     "RemoteError",
+    "RerankConfig",
+    "RerankResult",
     "Role",
     "RoleStatus",
     "Stream",

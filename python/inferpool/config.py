@@ -19,6 +19,7 @@ __all__ = [
     "ChatConfig",
     "EmbedConfig",
     "PoolOptions",
+    "RerankConfig",
     "Role",
     "cache_dir",
     "worker_environment",
@@ -64,6 +65,23 @@ class EmbedConfig(_LlamaConfig):
     """Tokens decoded together at most, so also the longest text."""
     n_seq_max: int = 64
     """Texts decoded together at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
+        _check_range("n_seq_max", self.n_seq_max, 1, 256)  # LLAMA_MAX_SEQ
+
+
+@dataclass(frozen=True)
+class RerankConfig(_LlamaConfig):
+    """The ``rerank`` role: the path of a reranker's GGUF, and how to run it."""
+
+    model: str
+    """Path of a GGUF file."""
+    n_batch: int = 2048
+    """Tokens decoded together at most, so also the longest pair of query and document."""
+    n_seq_max: int = 64
+    """Pairs decoded together at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,8 @@ __all__ = [
     "EmbedRequest",
     "ErrorInfo",
     "Ready",
+    "RerankRequest",
+    "RerankResult",
     "Start",
     "Timings",
     "Usage",
@@ -103,6 +105,29 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     texts: list[str]
     normalize: bool = True
     truncate: bool = False
+
+
+class RerankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Documents to order by how well they answer a query; the answer is `RerankResult` items."""
+
+    query: str
+    documents: list[str]
+    top_n: int | None = None
+    normalize: bool = False
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_n is not None and self.top_n < 1:
+            raise ValueError(f"top_n must be at least 1, not {self.top_n}")
+
+
+class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One document of a rerank call."""
+
+    index: int
+    """Its place among the documents given."""
+    relevance_score: float
+    """The model's score; higher is more relevant. Only its order is meaningful between models."""
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

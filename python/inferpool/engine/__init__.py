@@ -5,10 +5,10 @@
     backend     the native library: symbols checked, logs routed, initialised once
     model       a loaded GGUF: weights, vocabulary, metadata
     context     what computes: one batch of tokens at a time, interruptible
-    embedder    texts -> vectors            chat       messages -> streamed text
-                                            template   messages -> prompt
-                                            sampler    logits -> token
-                                            text       token bytes -> whole characters
+    packing     sequences -> pooled rows    chat       messages -> streamed text
+    embedder    texts -> vectors            template   messages -> prompt
+    reranker    pairs -> scores             sampler    logits -> token
+    pairs       query, document -> tokens   text       token bytes -> whole characters
     minilm      safetensors -> GGUF
 
 Nothing here knows about processes, channels or frames; the roles do.

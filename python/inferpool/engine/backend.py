@@ -39,11 +39,14 @@ _REQUIRED = {
     "llama_memory_clear": 2,
     "llama_memory_seq_rm": 4,
     "llama_model_chat_template": 2,
+    "llama_model_cls_label": 2,
     "llama_model_default_params": 0,
     "llama_model_free": 1,
     "llama_model_get_vocab": 1,
     "llama_model_has_encoder": 1,
     "llama_model_load_from_file": 2,
+    "llama_model_meta_val_str": 4,
+    "llama_model_n_cls_out": 1,
     "llama_model_n_ctx_train": 1,
     "llama_model_n_embd_out": 1,
     "llama_n_batch": 1,
@@ -70,9 +73,12 @@ _REQUIRED = {
     "llama_vocab_get_add_bos": 1,
     "llama_vocab_get_add_eos": 1,
     "llama_vocab_get_add_sep": 1,
+    "llama_vocab_get_attr": 2,
     "llama_vocab_get_text": 2,
     "llama_vocab_is_eog": 2,
     "llama_vocab_n_tokens": 1,
+    "llama_vocab_sep": 1,
+    "llama_vocab_type": 1,
 }
 
 # enum ggml_log_level of ggml.h. Text without a level (0) is what the library would print.

@@ -109,6 +109,39 @@ class Model:
             tokens = np.insert(tokens, 0, bos)
         return tokens
 
+    def control_tokens(self, prompt: str) -> set[str]:
+        """Texts of the control tokens (``[SEP]``, ``<|im_end|>`` …) that ``prompt`` holds."""
+        vocab = self._vocab
+        return {
+            self._token_text(token)
+            for token in self.tokenize(prompt, add_special=False, parse_special=True)
+            if lib.llama_vocab_get_attr(vocab, token) & lib.LLAMA_TOKEN_ATTR_CONTROL
+        }
+
+    def pair_separators(
+        self,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Token ids before, between and after two texts that are read as a pair.
+
+        BERT: ``[CLS] a [SEP] b [SEP]``; RoBERTa: ``<s> a </s></s> b </s>``.
+        """
+        vocab = self._vocab
+        separator = lib.llama_vocab_sep(vocab)
+        end = lib.llama_vocab_eos(vocab)
+        adds_separator = lib.llama_vocab_get_add_sep(vocab)
+        closing = [end] if lib.llama_vocab_get_add_eos(vocab) else [separator] * adds_separator
+        between = closing
+        if lib.llama_vocab_type(vocab) == lib.LLAMA_VOCAB_TYPE_WPM:
+            between = closing = [separator]  # whatever the metadata say, as llama.cpp does
+        elif lib.llama_vocab_get_add_eos(vocab):
+            between = closing + [separator] * adds_separator
+        opening = [lib.llama_vocab_bos(vocab)] * self._add_bos
+        before, middle, after = (
+            np.array([token for token in tokens if token != lib.LLAMA_TOKEN_NULL], np.int32)
+            for tokens in (opening, between, closing)
+        )
+        return before, middle, after
+
     @property
     def adds_suffix(self) -> bool:
         """Whether ``add_special`` ends a text with a token (``[SEP]``, EOS)."""
@@ -154,8 +187,39 @@ class Model:
     @property
     def chat_template(self) -> str | None:
         """The jinja template in the metadata (``tokenizer.chat_template``), if any."""
-        template: bytes | None = lib.llama_model_chat_template(self.handle, None)
+        return self._template(None)
+
+    @property
+    def rerank_template(self) -> str | None:
+        """The prompt of a reranker that is asked a question, with ``{query}`` and ``{document}``.
+
+        ``tokenizer.chat_template.rerank`` of the metadata, if any.
+        """
+        return self._template(b"rerank")
+
+    def _template(self, name: bytes | None) -> str | None:
+        template: bytes | None = lib.llama_model_chat_template(self.handle, name)
         return None if template is None else template.decode("utf-8", "replace")
+
+    def metadata(self, key: str) -> str | None:
+        """A scalar of the GGUF's metadata as text, or None."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+
+    def class_labels(self) -> list[str]:
+        """Names of a classifier's outputs; empty names where the GGUF has none."""
+        labels = (
+            lib.llama_model_cls_label(self.handle, i)
+            for i in range(lib.llama_model_n_cls_out(self.handle))
+        )
+        return [(label or b"").decode("utf-8", "replace") for label in labels]
 
 
 def _load(path: Path, n_gpu_layers: int, abort: AbortToken | None) -> lib.llama_model_p:

@@ -13,26 +13,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from inferpool.config import ChatConfig, EmbedConfig, PoolOptions, Role
+from inferpool.config import ChatConfig, EmbedConfig, PoolOptions, RerankConfig, Role
 from inferpool.host.calls import Deadline, call, next_item, open_call, ping
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.incarnation import RoleSpec
-from inferpool.host.roles import AsyncChat, AsyncEmbed, Chat, Embed
+from inferpool.host.roles import AsyncChat, AsyncEmbed, AsyncRerank, Chat, Embed, Rerank
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import RoleStatus, Supervisor
 from inferpool.messages import READY_KIND
 
 __all__ = ["AsyncPool", "Pool", "RoleLike"]
 
-RoleLike = str | os.PathLike[str] | ChatConfig | EmbedConfig | Role
+RoleLike = str | os.PathLike[str] | ChatConfig | EmbedConfig | RerankConfig | Role
 """What a role can be given as: a model's name or path, a config, or a `Role` of one's own."""
 
 PING_SECONDS = 5.0
 """Default bound of a ping."""
 
-_CONFIGS: Mapping[str, type[ChatConfig | EmbedConfig]] = {
+_CONFIGS: Mapping[str, type[ChatConfig | EmbedConfig | RerankConfig]] = {
     "chat": ChatConfig,
     "embed": EmbedConfig,
+    "rerank": RerankConfig,
 }
 
 
@@ -143,8 +144,8 @@ class Pool:
             start_timeout: seconds until a worker must have built its session.
             close_timeout: seconds that workers have to end by themselves.
             wait: ``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins.
-            **roles: ``chat=`` and ``embed=`` take a model's name or path, or a config; any
-                other name takes a `Role`.
+            **roles: ``chat=``, ``embed=`` and ``rerank=`` take a model's name or path, or a
+                config; any other name takes a `Role`.
 
         Raises:
             TypeError: an unknown option, or a role that is given as something else.
@@ -167,6 +168,11 @@ class Pool:
     def embed(self) -> Embed:
         """The ``embed`` role."""
         return Embed(self._core.supervisor("embed"), self._driver)
+
+    @property
+    def rerank(self) -> Rerank:
+        """The ``rerank`` role."""
+        return Rerank(self._core.supervisor("rerank"), self._driver)
 
     def call(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
@@ -297,6 +303,11 @@ class AsyncPool:
     def embed(self) -> AsyncEmbed:
         """The ``embed`` role."""
         return AsyncEmbed(self._core.supervisor("embed"), self._driver)
+
+    @property
+    def rerank(self) -> AsyncRerank:
+        """The ``rerank`` role."""
+        return AsyncRerank(self._core.supervisor("rerank"), self._driver)
 
     async def call(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None

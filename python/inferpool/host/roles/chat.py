@@ -1,4 +1,4 @@
-"""The built-in roles as `Pool` and `AsyncPool` offer them, in pairs."""
+"""The ``chat`` role as `Pool` and `AsyncPool` offer it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
-import numpy as np
-
-from inferpool.errors import ProtocolError
 from inferpool.host.calls import Driver, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
-from inferpool.messages import ChatDelta, ChatRequest, ChatResult, EmbedRequest, read
+from inferpool.messages import ChatDelta, ChatRequest, ChatResult, read
 
-__all__ = ["AsyncChat", "AsyncEmbed", "Chat", "ChatOptions", "Embed", "Messages"]
+__all__ = ["AsyncChat", "Chat", "ChatOptions", "Messages"]
 
 Messages = str | Sequence[Mapping[str, str]]
 """A prompt, or a conversation of ``{"role": ..., "content": ...}`` turns as OpenAI has them."""
@@ -40,60 +37,6 @@ class ChatOptions(TypedDict, total=False):
     """The same seed and request give the same answer."""
     stop: list[str]
     """Texts that end the answer; they are not part of it."""
-
-
-class Embed:
-    """The ``embed`` role of a `Pool`."""
-
-    def __init__(self, supervisor: Supervisor, driver: ThreadDriver) -> None:
-        self._supervisor = supervisor
-        self._driver = driver
-
-    def __call__(
-        self,
-        texts: Sequence[str],
-        *,
-        normalize: bool = True,
-        truncate: bool = False,
-        timeout: float | None = None,
-    ) -> np.ndarray:
-        """Embed texts.
-
-        Args:
-            texts: the texts, in any number.
-            normalize: scale each vector to length 1.
-            truncate: cut texts that are longer than the model's context.
-            timeout: seconds until `CallTimeout`.
-
-        Returns:
-            float32 of shape (len(texts), d), row i for text i; d is the model's dimension.
-
-        Raises:
-            ContextLengthExceeded: a text is too long, and `truncate` is off.
-            TypeError: `texts` is no sequence of str.
-        """
-        request = _embed_request(texts, normalize, truncate)
-        return self._driver.run(_embed(self._supervisor, self._driver, request, timeout))
-
-
-class AsyncEmbed:
-    """The ``embed`` role of an `AsyncPool`."""
-
-    def __init__(self, supervisor: Supervisor, driver: LoopDriver) -> None:
-        self._supervisor = supervisor
-        self._driver = driver
-
-    async def __call__(
-        self,
-        texts: Sequence[str],
-        *,
-        normalize: bool = True,
-        truncate: bool = False,
-        timeout: float | None = None,
-    ) -> np.ndarray:
-        """As `Embed.__call__`."""
-        request = _embed_request(texts, normalize, truncate)
-        return await self._driver.run(_embed(self._supervisor, self._driver, request, timeout))
 
 
 class Chat:
@@ -171,22 +114,6 @@ class AsyncChat:
         request = _chat_request(messages, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
         return AsyncStream(self._driver, opening, timeout, _chat_deltas)
-
-
-def _embed_request(texts: Sequence[str], normalize: bool, truncate: bool) -> EmbedRequest:
-    if isinstance(texts, str):
-        raise TypeError("texts must be a sequence of str, not a str")
-    fields = {"texts": list(texts), "normalize": normalize, "truncate": truncate}
-    return read(fields, EmbedRequest)
-
-
-def _embed(
-    supervisor: Supervisor, driver: Driver, request: EmbedRequest, timeout: float | None
-) -> Steps[np.ndarray]:
-    vectors = yield from call(supervisor, driver, "embed", request, timeout)
-    if not isinstance(vectors, np.ndarray):
-        raise ProtocolError(f"not an array of embeddings: {type(vectors).__name__}")
-    return vectors
 
 
 def _chat_request(messages: Messages, options: ChatOptions) -> ChatRequest:

@@ -1,0 +1,224 @@
+"""Many sequences in one batch, one row of floats out for each."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.backend import lib
+from inferpool.engine.context import Batch, Context
+from inferpool.engine.model import Model
+from inferpool.errors import CallCancelled, InferpoolError, ModelError
+
+__all__ = ["Job", "Packer"]
+
+# Tokens that sequences are packed up to. Attention runs over every pair of tokens in a batch,
+# also of different sequences: on MiniLM the rate is flat between 256 and 1024 tokens, and at
+# 2048 it is a third lower with twice the memory.
+_PACKED_TOKENS = 512
+
+
+class Job:
+    """The sequences of one call, and what came of them.
+
+    Attributes:
+        rows: the results so far, float32 of shape (number of sequences, width).
+        error: why there will be no more, or None.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        width: int,
+        abort: AbortToken | None = None,
+    ) -> None:
+        """Prepare to compute.
+
+        Args:
+            sequences: token ids, each of shape (n,) with n at least 1.
+            width: floats in a row.
+            abort: ends the job early.
+        """
+        self.rows = np.empty((len(sequences), width), np.float32)
+        self.error: InferpoolError | None = None
+        self.abort = abort
+        self._sequences = sequences
+        self._unfinished = len(sequences)
+        # Ascending, so that the longest one that fits is found by bisection.
+        self._waiting = sorted(range(len(sequences)), key=self._length)
+
+    def _length(self, row: int) -> int:
+        return len(self._sequences[row])
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.error is not None or not self._unfinished
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some sequences are in no batch yet."""
+        return bool(self._waiting)
+
+    def take(self, room: int | None) -> int | None:
+        """Take out the longest waiting sequence of at most ``room`` tokens, if there is one.
+
+        Args:
+            room: None takes the longest of all.
+        """
+        at = len(self._waiting)
+        if room is not None:
+            at = bisect.bisect_right(self._waiting, room, key=self._length)
+        return self._waiting.pop(at - 1) if at else None
+
+    def tokens(self, row: int) -> npt.NDArray[np.int32]:
+        """The sequence of a row."""
+        return self._sequences[row]
+
+    def finish(self, row: int) -> npt.NDArray[np.float32]:
+        """The row to write a result to, which is then finished."""
+        self._unfinished -= 1
+        result: npt.NDArray[np.float32] = self.rows[row]
+        return result
+
+    def result(self) -> npt.NDArray[np.float32]:
+        """The rows.
+
+        Raises:
+            InferpoolError: if they could not all be computed.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.rows
+
+
+class Packer:
+    """Computes the pooled rows of waiting jobs, as many sequences in a batch as fit.
+
+    Attributes:
+        n_ctx: tokens a sequence may have at most.
+        pooling: llama.cpp's ``LLAMA_POOLING_TYPE_*`` that makes a row of a sequence.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_batch: int,
+        n_seq_max: int,
+        n_threads: int | None = None,
+        flash_attn: bool = True,
+    ) -> None:
+        """Prepare ``model``, which stays the caller's to close.
+
+        Args:
+            model: a model that pools.
+            n_batch: tokens decoded together at most; no sequence can be longer than this.
+            n_seq_max: sequences decoded together at most.
+            n_threads: None takes the CPUs this process may run on.
+            flash_attn: whether to use flash attention.
+
+        Raises:
+            ModelLoadError: if memory is short.
+        """
+        # More than a whole sequence, and than a packed batch, is never used.
+        n_batch = min(n_batch, max(model.n_ctx_train, _PACKED_TOKENS))
+        # llama.cpp sizes its pooling graph for equal shares, and aborts on a remainder.
+        n_batch += -n_batch % n_seq_max
+        self._context = Context(
+            model,
+            n_ctx=n_batch,
+            n_batch=n_batch,
+            n_seq_max=n_seq_max,
+            n_threads=n_threads,
+            flash_attn=flash_attn,
+            embeddings=True,
+        )
+        self._n_seq_max = n_seq_max
+        self._n_packed = min(_PACKED_TOKENS, n_batch)
+        self._batch = Batch(self._context.n_batch)
+        self._jobs: deque[Job] = deque()
+        self.n_ctx = min(model.n_ctx_train, self._context.n_batch)
+        self.pooling: int = lib.llama_pooling_type(self._context.handle)
+
+    def close(self) -> None:
+        """Free the context. Closing twice is harmless."""
+        self._context.close()
+
+    def submit(self, job: Job) -> None:
+        """Queue ``job``; `step` computes it."""
+        self._jobs.append(job)
+
+    def run(self, job: Job) -> npt.NDArray[np.float32]:
+        """Compute ``job`` at once, with whatever else waits, and return its rows.
+
+        Raises:
+            CallCancelled: if its abort token was set.
+            ModelError: if llama.cpp can't compute it.
+        """
+        self.submit(job)
+        while not job.ended:
+            self.step()
+        return job.result()
+
+    def step(self) -> list[Job]:
+        """Compute one batch of what waits, and return the jobs that ended."""
+        for job in self._jobs:
+            if job.abort is not None and job.abort.is_set():
+                job.error = CallCancelled("the call was cancelled")
+        batch = self._plan()
+        if batch:
+            self._compute(batch)
+        ended = [job for job in self._jobs if job.ended]
+        self._jobs = deque(job for job in self._jobs if not job.ended)
+        return ended
+
+    def _plan(self) -> list[tuple[Job, int]]:
+        """The next batch: a sequence of each job in turn, until the batch is full.
+
+        A sequence that is longer than a packed batch goes alone.
+        """
+        plan: list[tuple[Job, int]] = []
+        room = self._n_packed
+        turns = deque(job for job in self._jobs if not job.ended)
+        while turns and len(plan) < self._n_seq_max:
+            job = turns.popleft()
+            row = job.take(room if plan else None)
+            if row is not None:
+                plan.append((job, row))
+                room -= len(job.tokens(row))
+                if job.waiting:
+                    turns.append(job)
+        # Whoever had the first turn now has the last one in the next batch.
+        self._jobs.rotate(-1)
+        return plan
+
+    def _compute(self, plan: list[tuple[Job, int]]) -> None:
+        jobs = {id(job): job for job, _ in plan}
+        # What one call cancels is not another's to lose.
+        abort = next(iter(jobs.values())).abort if len(jobs) == 1 else None
+        self._batch.clear()
+        for sequence, (job, row) in enumerate(plan):
+            self._batch.add(job.tokens(row), sequence=sequence, output=True)
+        try:
+            with self._context.interruptible(abort):
+                self._context.clear()
+                self._context.decode(self._batch)
+        except InferpoolError as error:
+            for job in jobs.values():
+                job.error = error
+            return
+        for sequence, (job, row) in enumerate(plan):
+            self._read(sequence, job.finish(row))
+
+    def _read(self, sequence: int, row: npt.NDArray[np.float32]) -> None:
+        source = lib.llama_get_embeddings_seq(self._context.handle, sequence)
+        if not source:
+            raise ModelError(f"llama.cpp gave no result for sequence {sequence}")
+        ctypes.memmove(row.ctypes.data, source, row.nbytes)

@@ -1,0 +1,142 @@
+"""A query and documents to scores: how well each document answers the query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.backend import lib
+from inferpool.engine.model import Model
+from inferpool.engine.packing import Job, Packer
+from inferpool.engine.pairs import SeparatedPairs, TemplatePairs, Tokens
+from inferpool.errors import ContextLengthExceeded, ModelLoadError
+
+__all__ = ["Reranker"]
+
+# The label of a reranker that is asked a question, where the GGUF names its labels.
+_YES = "yes"
+# llama.cpp ends the graphs of these architectures with a softmax over the labels.
+_WITH_SOFTMAX = frozenset({"qwen3", "qwen3vl"})
+
+
+class Reranker:
+    """The scores of documents for a query.
+
+    Attributes:
+        n_ctx: tokens that query and document may have at most, with all that is around them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_batch: int,
+        n_seq_max: int,
+        n_threads: int | None = None,
+        flash_attn: bool = True,
+    ) -> None:
+        """Prepare ``model``, which stays the caller's to close.
+
+        Args:
+            model: a reranker.
+            n_batch: tokens decoded together at most; no pair can be longer than this.
+            n_seq_max: pairs decoded together at most.
+            n_threads: None takes the CPUs this process may run on.
+            flash_attn: whether to use flash attention.
+
+        Raises:
+            ModelLoadError: if the model is no reranker, or memory is short.
+        """
+        self._model = model
+        self._packer = Packer(
+            model,
+            n_batch=n_batch,
+            n_seq_max=n_seq_max,
+            n_threads=n_threads,
+            flash_attn=flash_attn,
+        )
+        self.n_ctx = self._packer.n_ctx
+        if self._packer.pooling != lib.LLAMA_POOLING_TYPE_RANK:
+            self._packer.close()
+            raise ModelLoadError(
+                f"{model.path.name} is no reranker: its metadata name no pooling of type rank "
+                "(<architecture>.pooling_type = 4), so it has no score for a pair"
+            )
+        try:
+            self._label = _relevance_label(model)
+            template = model.rerank_template
+            self._pairs = TemplatePairs(model, template) if template else SeparatedPairs(model)
+        except ModelLoadError:
+            self._packer.close()
+            raise
+        self._n_labels = len(model.class_labels())
+        self._with_softmax = model.metadata("general.architecture") in _WITH_SOFTMAX
+
+    def close(self) -> None:
+        """Free the context. Closing twice is harmless."""
+        self._packer.close()
+
+    def score(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        normalize: bool = False,
+        truncate: bool = False,
+        abort: AbortToken | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """The scores of ``documents``, float32 of shape (len(documents),), in their order.
+
+        Args:
+            query: what is asked.
+            documents: any number of texts, none included.
+            normalize: map scores to 0 … 1 by ``1 / (1 + exp(-score))``. Models that are asked for
+                yes or no give the probability of yes, which stays as it is.
+            truncate: cut over-long documents at their end.
+            abort: ends the call early.
+
+        Raises:
+            ContextLengthExceeded: if a pair is over-long and ``truncate`` is off, or the query
+                leaves no room for a document.
+            CallCancelled: if ``abort`` was set.
+            ModelError: if llama.cpp can't compute a batch.
+        """
+        pairs = [self._tokenize(query, i, text, truncate) for i, text in enumerate(documents)]
+        rows = self._packer.run(Job(pairs, self._n_labels, abort))
+        scores = rows[:, self._label]
+        if normalize and not self._with_softmax:
+            # In float64: exp of a large number stays finite there.
+            scores = (1.0 / (1.0 + np.exp(-scores.astype(np.float64)))).astype(np.float32)
+        return scores
+
+    def _tokenize(self, query: str, index: int, document: str, truncate: bool) -> Tokens:
+        tokens = self._pairs.tokens(query, document)
+        if len(tokens) <= self.n_ctx:
+            return tokens
+        cut = self._pairs.cut(query, document, self.n_ctx) if truncate else None
+        if cut is not None:
+            return cut
+        hint = "shorten the query" if truncate else "split the document, or pass truncate=True"
+        raise ContextLengthExceeded(
+            f"the query and documents[{index}] have {len(tokens)} tokens together, the model "
+            f"takes {self.n_ctx}. hint: {hint}",
+            index=index,
+            asked=len(tokens),
+            context=self.n_ctx,
+        )
+
+
+def _relevance_label(model: Model) -> int:
+    """Which output of the model's classifier says how relevant a document is."""
+    labels = [label.lower() for label in model.class_labels()]
+    if len(labels) == 1:
+        return 0
+    if _YES in labels:
+        return labels.index(_YES)
+    raise ModelLoadError(
+        f"{model.path.name} is no reranker: it tells {len(labels)} classes apart "
+        f"({', '.join(labels)}), and none of them is {_YES!r}"
+    )

@@ -1,0 +1,199 @@
+"""The rerank role: scores against references, pairs, limits, what is no reranker."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_fakes import CountdownAbort, FakeReply
+from tiny_models import END, RERANK_TEMPLATE, write_qwen3
+
+from inferpool.engine.model import Model
+from inferpool.engine.pairs import TemplatePairs
+from inferpool.engine.reranker import Reranker
+from inferpool.errors import CallCancelled, ContextLengthExceeded, ModelLoadError
+from inferpool.models import resolve
+from inferpool.roles import rerank as role
+
+DATA = Path(__file__).parent / "data"
+# The vocabulary is cut to the pieces of the golden texts and single characters.
+TINY = DATA / "tiny-reranker.gguf"
+GOLDEN = json.loads((DATA / "tiny-reranker.json").read_text())["items"]
+TOLERANCE = 0.02
+QUERY = "how do bees communicate"
+DOCUMENTS = ["bees dance", "markets fall", "", "a waggle dance tells where flowers are", "honey"]
+
+
+@pytest.fixture(scope="module")
+def reranker() -> Iterator[Reranker]:
+    session = role.make_session(config(TINY), CountdownAbort())
+    yield session.reranker
+    session.close()
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reranker]:
+    """A reranker that is asked for yes or no."""
+    path = write_qwen3(tmp_path_factory.mktemp("models") / "rerank.gguf", "rerank")
+    session = role.make_session(config(path), None)
+    yield session.reranker
+    session.close()
+
+
+def config(model: Path | str, **options: Any) -> Any:
+    return SimpleNamespace(options={"model": str(model), "n_threads": 1, **options})
+
+
+def test_scores_equal_the_reference(reranker: Reranker) -> None:
+    by_query = defaultdict(list)
+    for item in GOLDEN:
+        by_query[item["query"]].append(item)
+    for query, items in by_query.items():
+        scores = reranker.score(query, [item["document"] for item in items])
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, [item["score"] for item in items], atol=TOLERANCE)
+        for item in items:
+            tokens = reranker._pairs.tokens(query, item["document"])
+            assert len(tokens) == item["n_tokens"]
+            [alone] = reranker.score(query, [item["document"]])
+            assert alone == pytest.approx(item["score"], abs=TOLERANCE)
+
+
+def test_normalize_is_the_sigmoid(reranker: Reranker) -> None:
+    raw = reranker.score(QUERY, DOCUMENTS)
+    np.testing.assert_allclose(
+        reranker.score(QUERY, DOCUMENTS, normalize=True), 1 / (1 + np.exp(-raw)), rtol=1e-5
+    )
+
+
+def test_yes_or_no_is_the_probability_that_the_model_gives_it(
+    asking: Reranker, tmp_path: Path
+) -> None:
+    from llama_cpp import Llama
+
+    scores = asking.score(QUERY, DOCUMENTS)
+    np.testing.assert_array_equal(asking.score(QUERY, DOCUMENTS, normalize=True), scores)
+    peer = Llama(
+        str(write_qwen3(tmp_path / "chat.gguf", "chat")),
+        n_ctx=256,
+        logits_all=True,
+        n_threads=1,
+        verbose=False,
+    )
+    yes, no = (peer.tokenize(word, add_bos=False)[0] for word in (b"yes", b"no"))
+    for score, document in zip(scores, DOCUMENTS, strict=True):
+        prompt = RERANK_TEMPLATE.format(query=QUERY, document=document)
+        peer.reset()
+        peer.eval(peer.tokenize(prompt.encode(), add_bos=False, special=True))
+        logits = peer.scores[peer.n_tokens - 1]
+        assert score == pytest.approx(1 / (1 + np.exp(logits[no] - logits[yes])), abs=1e-3)
+    peer.close()
+
+
+def test_batches_do_not_change_scores(asking: Reranker) -> None:
+    together = asking.score(QUERY, DOCUMENTS * 30)
+    alone = np.concatenate([asking.score(QUERY, [document]) for document in DOCUMENTS])
+    np.testing.assert_allclose(together, np.tile(alone, 30), atol=2e-3)
+
+
+def test_control_tokens_in_a_text_are_text(asking: Reranker) -> None:
+    pairs = asking._pairs
+    end = pairs.tokens("x", "y")[-len("\nassistant\n") - 2]
+    assert (pairs.tokens("x", "y") == end).sum() == (pairs.tokens("x", END) == end).sum() == 2
+    # A placeholder in a text is not filled in.
+    assert len(pairs.tokens("{document}", "y")) == len(pairs.tokens("", "y")) + len("{document}")
+
+
+def test_a_template_without_control_tokens(asking: Reranker) -> None:
+    pairs = TemplatePairs(asking._model, "{query}? {document}!")
+    plain = asking._model.tokenize("a? b!", add_special=False, parse_special=False)
+    np.testing.assert_array_equal(pairs.tokens("a", "b"), plain)
+    with pytest.raises(ModelLoadError, match="lacks"):
+        TemplatePairs(asking._model, "{query}?")
+
+
+@pytest.mark.parametrize("name", ["reranker", "asking"])
+def test_over_long_documents(name: str, request: pytest.FixtureRequest) -> None:
+    tested: Reranker = request.getfixturevalue(name)
+    document = "bees " * 600
+    with pytest.raises(ContextLengthExceeded, match=r"documents\[1\]") as caught:
+        tested.score("bees", ["a", document])
+    assert caught.value.details["index"] == 1
+    assert caught.value.details["asked"] > caught.value.details["context"] == tested.n_ctx
+    assert np.isfinite(tested.score("bees", ["a", document], truncate=True)).all()
+    cut = tested._pairs.cut("bees", document, tested.n_ctx)
+    assert cut is not None
+    assert len(cut) == tested.n_ctx
+    np.testing.assert_array_equal(cut[-1:], tested._pairs.tokens("bees", "a")[-1:])
+    with pytest.raises(ContextLengthExceeded, match="shorten the query"):
+        tested.score(document, ["a"], truncate=True)
+
+
+def test_no_documents(reranker: Reranker) -> None:
+    assert reranker.score(QUERY, []).shape == (0,)
+
+
+def test_abort_leaves_the_reranker_usable(reranker: Reranker) -> None:
+    expected = reranker.score(QUERY, DOCUMENTS)
+    with pytest.raises(CallCancelled):
+        reranker.score(QUERY, DOCUMENTS, abort=CountdownAbort(polls=5))
+    np.testing.assert_array_equal(reranker.score(QUERY, DOCUMENTS), expected)
+
+
+@pytest.mark.parametrize("model", ["minilm", "smollm2"])
+def test_what_is_no_reranker_is_refused(model: str) -> None:
+    with pytest.raises(ModelLoadError, match="is no reranker"):
+        role.make_session(config(resolve(model)), None)
+
+
+def test_a_classifier_is_refused(asking: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as resources:
+        model = resources.enter_context(closing(Model(asking._model.path)))
+        monkeypatch.setattr(model, "class_labels", lambda: ["spam", "ham", "eggs"])
+        with pytest.raises(ModelLoadError, match="3 classes apart"):
+            Reranker(model, n_batch=64, n_seq_max=4)
+
+
+def test_handler_replies_with_the_best(reranker: Reranker) -> None:
+    items = [item for item in GOLDEN if item["query"] == QUERY]
+    reply = FakeReply()
+    payload = {"query": QUERY, "documents": [item["document"] for item in items], "top_n": 2}
+    role.HANDLERS["rerank"](reply, payload, SimpleNamespace(session=fake_session(reranker)))
+    [(kind, results)] = reply.sent
+    assert kind == "rerank"
+    best = sorted(range(len(items)), key=lambda i: -items[i]["score"])[:2]
+    assert [result.index for result in results] == best
+    assert [r.relevance_score for r in results] == pytest.approx(
+        [items[i]["score"] for i in best], abs=TOLERANCE
+    )
+
+
+def fake_session(reranker: Reranker) -> Any:
+    return SimpleNamespace(reranker=reranker)
+
+
+@pytest.mark.parametrize(
+    ("payload", "error", "message"),
+    [
+        ({"query": "q", "documents": ["a"], "topn": 1}, TypeError, "topn"),
+        ({"query": "q", "documents": ["a"], "top_n": 0}, ValueError, "top_n"),
+        ({"query": "q", "documents": "a"}, TypeError, "documents"),
+        ({"query": 3, "documents": []}, TypeError, "query"),
+        ({"documents": []}, TypeError, "query"),
+    ],
+)
+def test_handler_names_what_is_wrong(
+    reranker: Reranker, payload: Any, error: type[Exception], message: str
+) -> None:
+    reply = FakeReply()
+    with pytest.raises(error, match=message):
+        role.HANDLERS["rerank"](reply, payload, SimpleNamespace(session=fake_session(reranker)))
+    assert not reply.sent
