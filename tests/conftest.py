@@ -7,10 +7,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from engine_fakes import SETTINGS
 
 from inferpool import Pool, Role
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+    from inferpool.engine.model import Model
 
 
 def echo_role(**options: object) -> Role:
@@ -52,6 +59,39 @@ def descriptors() -> int:
 def pool() -> Iterator[Pool]:
     with Pool(echo=echo_role()) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[Model]:
+    """The default chat model."""
+    from inferpool.engine.model import Model
+    from inferpool.models import resolve
+
+    loaded = Model(resolve("smollm2"))
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Iterator[Llama]:
+    """The default chat model, as the high-level API of llama-cpp-python runs it."""
+    from llama_cpp import Llama
+
+    from inferpool.engine.backend import lib, model_params
+    from inferpool.models import resolve
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The reference must get past what is broken in the library too.
+        params = model_params()
+        patch.setattr(lib, "llama_model_default_params", lambda: params)
+        llama = Llama(
+            str(resolve("smollm2")),
+            **SETTINGS,
+            n_threads_batch=SETTINGS["n_threads"],
+            verbose=False,
+        )
+    yield llama
+    llama.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,14 @@
-"""What a worker gives to the engine and the roles, without a worker."""
+"""What a worker gives to the engine and the roles, without a worker; how they are set up."""
 
 from __future__ import annotations
 
 import ctypes
 from typing import Any
 
-__all__ = ["CountdownAbort", "FakeReply"]
+__all__ = ["SETTINGS", "CountdownAbort", "FakeReply"]
+
+# One thread: two of them, waiting for each other on busy cores, take many times as long.
+SETTINGS: dict[str, Any] = {"n_ctx": 1024, "n_batch": 64, "n_threads": 1, "flash_attn": True}
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_fakes import CountdownAbort, FakeReply
+from engine_fakes import SETTINGS, CountdownAbort, FakeReply
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import Llama
 
-from inferpool.engine.backend import lib, model_params
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
 from inferpool.engine.template import ChatTemplate
@@ -28,8 +28,6 @@ from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult
 from inferpool.models import resolve
 from inferpool.roles import chat as role
 
-# One thread: two of them, waiting for each other on busy cores, take many times as long.
-SETTINGS: dict[str, Any] = {"n_ctx": 1024, "n_batch": 64, "n_threads": 1, "flash_attn": True}
 LONG = "Consider the honey bee, its dance and its hive. " * 8
 CONVERSATIONS = [
     [("user", "Why do bees dance?")],
@@ -41,33 +39,10 @@ CONVERSATIONS = [
 
 
 @pytest.fixture(scope="session")
-def model() -> Iterator[Model]:
-    loaded = Model(resolve("smollm2"))
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="session")
 def engine(model: Model) -> Iterator[ChatEngine]:
     made = ChatEngine(model, **SETTINGS)
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def reference() -> Iterator[Llama]:
-    with pytest.MonkeyPatch.context() as patch:
-        # The reference must get past what is broken in the library too.
-        params = model_params()
-        patch.setattr(lib, "llama_model_default_params", lambda: params)
-        llama = Llama(
-            str(resolve("smollm2")),
-            **SETTINGS,
-            n_threads_batch=SETTINGS["n_threads"],
-            verbose=False,
-        )
-    yield llama
-    llama.close()
 
 
 def request(
@@ -107,7 +82,8 @@ def test_greedy_answer_is_the_reference_token_for_token(
 def test_greedy_token_ids_are_those_of_the_reference(engine: ChatEngine, reference: Llama) -> None:
     asked = request("Why do bees dance?")
     prompt = engine._prompts.build(asked)
-    ours = list(islice(engine._generate(prompt, None), 32))
+    with closing(prompt.sampler()) as sampler:
+        ours = list(islice(engine._generate(prompt, sampler, None), 32))
     reference.reset()
     reference._ctx.kv_cache_clear()
     assert ours == list(islice(reference.generate(prompt.tokens.tolist(), temp=0), 32))
@@ -366,7 +342,6 @@ def test_a_context_that_memory_does_not_hold_is_a_load_error() -> None:
     # In a process of its own, because the limit would stay.
     code = """
 import resource
-from inferpool.engine.backend import lib, model_params
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
 from inferpool.models import resolve

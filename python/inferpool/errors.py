@@ -11,6 +11,7 @@
     │   ├── CallCancelled
     │   ├── QueueFull
     │   ├── PayloadTooLarge     (also a ValueError)
+    │   ├── InvalidRequest      (also a ValueError)
     │   └── RemoteError         the handler raised
     ├── ModelError              the model or its context
     │   ├── ModelNotFound
@@ -34,6 +35,7 @@ __all__ = [
     "CallTimeout",
     "ContextLengthExceeded",
     "InferpoolError",
+    "InvalidRequest",
     "ModelError",
     "ModelLoadError",
     "ModelNotFound",
@@ -110,6 +112,10 @@ class QueueFull(CallError):
 
 class PayloadTooLarge(CallError, ValueError):
     """The encoded payload is above the channel's frame limit."""
+
+
+class InvalidRequest(CallError, ValueError):
+    """The worker refuses what the request asks for: the model can't do it, or it makes no sense."""
 
 
 class RemoteError(CallError):

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from inferpool.config import MAX_CONTEXT_LENGTH
+
 __all__ = [
     "READY_KIND",
     "ChatDelta",
@@ -19,11 +21,15 @@ __all__ = [
     "ChatResult",
     "EmbedRequest",
     "ErrorInfo",
+    "Logprobs",
     "Ready",
     "RerankRequest",
     "RerankResult",
+    "Sampling",
     "Start",
     "Timings",
+    "TokenLogprob",
+    "TopLogprob",
     "Usage",
     "WorkerArguments",
     "read",
@@ -130,6 +136,86 @@ class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
     """The model's score; higher is more relevant. Only its order is meaningful between models."""
 
 
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tokens of an answer are chosen.
+
+    Names are those of OpenAI and of llama.cpp's server; defaults, and the order in which the
+    options act, are llama.cpp's (``common_params_sampling``).
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    seed: int | None = None
+    logit_bias: dict[int | str, float] = {}
+    logprobs: bool = False
+    top_logprobs: int = 0
+    stop: list[str] = []
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        for name, (least, most) in _SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            # Written so that NaN fails too.
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be between {least} and {most}, not {value}")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=True")
+        for token, bias in self.logit_bias.items():
+            if not (isinstance(token, int) or token.isdecimal()):
+                raise ValueError(f"logit_bias: {token!r} is no token id")
+            # Minus infinity bans a token.
+            if not bias < math.inf:
+                raise ValueError(f"logit_bias of token {token} must be a number, not {bias}")
+        for name in ("stop", "dry_sequence_breakers"):
+            if "" in getattr(self, name):
+                raise ValueError(f"{name} must not hold an empty string")
+
+
+_SAMPLING_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 1e6),
+    "top_k": (0, (1 << 31) - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0),
+    # llama.cpp divides by it, in 32 bits.
+    "repeat_penalty": (1e-6, 1e6),
+    "repeat_last_n": (0, MAX_CONTEXT_LENGTH),
+    "frequency_penalty": (-1e6, 1e6),
+    "presence_penalty": (-1e6, 1e6),
+    "dry_multiplier": (0.0, 1e6),
+    "dry_base": (0.0, 1e6),
+    "dry_allowed_length": (0, MAX_CONTEXT_LENGTH),
+    "dry_penalty_last_n": (0, MAX_CONTEXT_LENGTH),
+    "mirostat_tau": (0.0, 1e6),
+    "mirostat_eta": (0.0, 1e6),
+    # llama.cpp takes the largest 32-bit number for "choose one".
+    "seed": (0, (1 << 32) - 2),
+    "top_logprobs": (0, 20),
+}
+
+
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation."""
 
@@ -137,42 +223,15 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A conversation and how to sample its next turn.
-
-    The defaults of the sampling options are llama.cpp's (``common_params_sampling``).
-    """
+class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A conversation, and how its next turn is to be made."""
 
     messages: list[ChatMessage]
-    max_tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int | None = None
-    stop: list[str] = []
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.messages:
             raise ValueError("messages must not be empty")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        # Written so that NaN fails too.
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if not 0 <= self.top_k < 1 << 31:
-            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
-        for name in ("top_p", "min_p"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        if not 0.0 < self.repeat_penalty < math.inf:
-            raise ValueError(f"repeat_penalty must be above 0, not {self.repeat_penalty}")
-        # llama.cpp takes the largest 32-bit number for "choose one".
-        if self.seed is not None and not 0 <= self.seed < (1 << 32) - 1:
-            raise ValueError(f"seed must be between 0 and 2**32 - 2, not {self.seed}")
-        if "" in self.stop:
-            raise ValueError("stop must not hold an empty string")
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,10 +251,39 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """From the first token to the last."""
 
 
-class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of a streamed answer. The last one has ``finish_reason``, usage and timings."""
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that the model could have chosen, as OpenAI describes it."""
 
-    text: str
+    token: str
+    """Its text; bytes that are no UTF-8 by themselves show as U+FFFD."""
+    logprob: float
+    """Natural logarithm of its probability before any sampling option acted."""
+    bytes: list[int]
+    """Its text as bytes, exactly."""
+
+
+class TokenLogprob(TopLogprob, frozen=True, kw_only=True):
+    """A token of the answer."""
+
+    top_logprobs: list[TopLogprob] = []
+    """The likeliest tokens at its place, in that order; ``top_logprobs`` of them."""
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """How likely the tokens were, one entry per token."""
+
+    content: list[TokenLogprob]
+
+
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a streamed answer. The last one has ``finish_reason``, usage and timings.
+
+    With ``logprobs`` there is a delta for each token, whose text may come later: text that
+    could still become a stop string, or half a character, is held back.
+    """
+
+    text: str = ""
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
@@ -207,4 +295,5 @@ class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: FinishReason
     usage: Usage
+    logprobs: Logprobs | None = None
     timings: Timings

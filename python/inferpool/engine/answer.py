@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from inferpool.engine.text import TextStream
-from inferpool.messages import ChatDelta, ChatRequest, ChatResult, FinishReason
+from inferpool.messages import (
+    ChatDelta,
+    ChatRequest,
+    ChatResult,
+    FinishReason,
+    Logprobs,
+    TokenLogprob,
+)
 
 __all__ = ["AnswerParser", "collect"]
 
@@ -25,9 +32,15 @@ class AnswerParser:
         """Whether the answer has ended by what it says: a stop string was found."""
         return self._text.stopped
 
-    def push(self, data: bytes) -> ChatDelta | None:
-        """Add the bytes of a token; return what is certain now, or None if nothing is."""
+    def push(self, data: bytes, logprob: TokenLogprob | None = None) -> ChatDelta | None:
+        """Add the bytes of a token, and how likely it was if that was asked for.
+
+        Returns:
+            What is certain now, or None if nothing is.
+        """
         text = self._text.push(data)
+        if logprob is not None:
+            return ChatDelta(text=text, logprobs=Logprobs(content=[logprob]))
         return ChatDelta(text=text) if text else None
 
     def finish(self, reason: FinishReason) -> ChatDelta:
@@ -42,9 +55,12 @@ class AnswerParser:
 def collect(deltas: Iterable[ChatDelta]) -> ChatResult:
     """The whole answer that ``deltas`` make, the last of which must say how it ended."""
     pieces = []
+    logprobs = []
     last = None
     for last in deltas:
         pieces.append(last.text)
+        if last.logprobs is not None:
+            logprobs += last.logprobs.content
     if last is None or last.finish_reason is None or last.usage is None or last.timings is None:
         raise AssertionError("the last delta says how the answer ended")
     return ChatResult(
@@ -52,4 +68,5 @@ def collect(deltas: Iterable[ChatDelta]) -> ChatResult:
         finish_reason=last.finish_reason,
         usage=last.usage,
         timings=last.timings,
+        logprobs=Logprobs(content=logprobs) if logprobs else None,
     )

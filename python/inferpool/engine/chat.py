@@ -14,6 +14,7 @@ from inferpool.engine.abort import AbortToken
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.model import Model
 from inferpool.engine.prompt import Prompt, PromptBuilder
+from inferpool.engine.sampler import Sampler
 from inferpool.errors import InferpoolError, ModelLoadError
 from inferpool.messages import ChatDelta, ChatRequest, FinishReason, Timings, Usage
 
@@ -99,19 +100,21 @@ class ChatEngine:
         n_completion = 0
         reason: FinishReason = "stop"
         first = last = started
-        for token in self._generate(prompt, abort):
-            last = time.perf_counter()
-            first = first if n_completion else last
-            if self._model.is_eog(token):
-                break
-            n_completion += 1
-            if (delta := parser.push(prompt.piece(token))) is not None:
-                yield delta
-            if parser.stopped:
-                break
-            if n_completion == prompt.budget:
-                reason = "length"
-                break
+        with closing(prompt.sampler()) as sampler:
+            for token in self._generate(prompt, sampler, abort):
+                last = time.perf_counter()
+                first = first if n_completion else last
+                if self._model.is_eog(token):
+                    break
+                n_completion += 1
+                delta = parser.push(prompt.piece(token), sampler.logprob)
+                if delta is not None:
+                    yield delta
+                if parser.stopped:
+                    break
+                if n_completion == prompt.budget:
+                    reason = "length"
+                    break
         yield msgspec.structs.replace(
             parser.finish(reason),
             usage=Usage(
@@ -122,9 +125,11 @@ class ChatEngine:
             timings=Timings(prompt_seconds=first - started, completion_seconds=last - first),
         )
 
-    def _generate(self, prompt: Prompt, abort: AbortToken | None) -> Iterator[int]:
+    def _generate(
+        self, prompt: Prompt, sampler: Sampler, abort: AbortToken | None
+    ) -> Iterator[int]:
         """Token after token of the answer, without end; the last result is always unread."""
-        with closing(prompt.sampler()) as sampler, self._context.interruptible(abort):
+        with self._context.interruptible(abort):
             try:
                 self._prefill(prompt.tokens)
                 sampler.accept_prompt(prompt.tokens)

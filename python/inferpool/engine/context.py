@@ -136,6 +136,7 @@ class Context:
             )
         self._abort: AbortToken | None = None
         self.n_batch: int = lib.llama_n_batch(self._handle)
+        self._n_vocab = model.n_vocab
 
     @property
     def has_memory(self) -> bool:
@@ -193,6 +194,17 @@ class Context:
             raise ModelError(f"no room in the context for {len(batch)} more tokens")
         reason = native_errors() or "no reason given"
         raise ModelError(f"llama_decode failed with {status} on {len(batch)} tokens: {reason}")
+
+    def logits(self, index: int = -1) -> npt.NDArray[np.float32]:
+        """Logits of an output of the last batch, shape (n_vocab,); a view until the next one.
+
+        Args:
+            index: position of its token in that batch, or -1 for the last output.
+        """
+        pointer = lib.llama_get_logits_ith(self.handle, index)
+        if not pointer:
+            raise ModelError(f"the last batch has no output at {index}")
+        return np.ctypeslib.as_array(pointer, (self._n_vocab,))
 
     def clear(self) -> None:
         """Forget every sequence."""

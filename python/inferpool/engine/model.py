@@ -149,12 +149,12 @@ class Model:
             lib.llama_vocab_get_add_sep(self._vocab) or lib.llama_vocab_get_add_eos(self._vocab)
         )
 
-    def piece(self, token: int) -> bytes:
-        """The bytes that ``token`` stands for; none for control tokens."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that ``token`` stands for; none for control tokens, unless ``special``."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inferpool.engine.answer import AnswerParser
+from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
 from inferpool.engine.sampler import Sampler
 from inferpool.engine.template import ChatTemplate
@@ -27,10 +28,12 @@ class Prompt:
     """Shape (n,), n at least 1."""
     budget: int
     """Tokens of the answer at most, at least 1."""
+    grammar: Grammar | None
+    """What the answer must keep to."""
 
     def sampler(self) -> Sampler:
         """What draws the tokens of one answer; the caller closes it."""
-        return Sampler(self.request, self.model)
+        return Sampler(self.request, self.model, self.grammar)
 
     def parser(self) -> AnswerParser:
         """What reads the tokens of one answer."""
@@ -90,4 +93,5 @@ class PromptBuilder:
         budget = self.n_ctx - len(tokens)
         if request.max_tokens is not None:
             budget = min(budget, request.max_tokens)
-        return Prompt(self._model, request, tokens, budget)
+        grammar = None if request.grammar is None else Grammar(request.grammar)
+        return Prompt(self._model, request, tokens, budget, grammar)

@@ -1,60 +1,111 @@
-"""Logits to a token: llama.cpp's sampler chain."""
+"""Logits to a token: llama.cpp's sampler chain, and a grammar beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from inferpool.engine.backend import lib
 from inferpool.engine.context import Context
+from inferpool.engine.grammar import TOKEN_DATA, Grammar, GrammarState
 from inferpool.engine.model import Model
-from inferpool.messages import ChatRequest
+from inferpool.errors import InvalidRequest, ModelError
+from inferpool.messages import Sampling, TokenLogprob, TopLogprob
 
-__all__ = ["Sampler"]
+__all__ = ["Candidates", "Sampler"]
 
-# llama.cpp's default for penalty_last_n: how many of the last tokens are penalised.
-_PENALTY_WINDOW = 64
+# Below it a division of the logits overflows 32 bits, and nothing differs from 0 anyway.
+_GREEDY_TEMPERATURE = 1e-6
+# How many tokens mirostat 1 estimates its rank from; llama.cpp's only value.
+_MIROSTAT_M = 100
+
+
+class Candidates:
+    """Every token of a vocabulary with its logit: a ``llama_token_data_array`` over numpy."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self._data = np.zeros(n_vocab, TOKEN_DATA)
+        self._ids = np.arange(n_vocab, dtype=np.int32)
+        self._native = lib.llama_token_data_array(
+            data=self._data.ctypes.data_as(lib.llama_token_data_p)
+        )
+
+    def fill(self, logits: npt.NDArray[np.float32]) -> None:
+        """Start anew from ``logits``, shape (n_vocab,)."""
+        self._data["id"] = self._ids
+        self._data["logit"] = logits
+        self._native.size = len(logits)
+        self._native.selected = -1
+        self._native.sorted = False
+
+    def apply(self, sampler: lib.llama_sampler_p) -> None:
+        """Let ``sampler`` remove, reorder, or select."""
+        lib.llama_sampler_apply(sampler, ctypes.byref(self._native))
+
+    @property
+    def possible(self) -> bool:
+        """Whether any token is left with a chance."""
+        left = self._data["logit"][: self._native.size]
+        return bool((left > -np.inf).any())
+
+    @property
+    def selected(self) -> int:
+        """Id of the token that the last sampler selected."""
+        return int(self._data["id"][self._native.selected])
 
 
 class Sampler:
     """The sampling options of one request, with the state of one answer.
 
-    The order of the chain is llama.cpp's default (``common_params_sampling``): penalties,
-    top_k, top_p, min_p, temperature, then a draw. Temperature 0 takes the likeliest token.
+    The order of the chain is llama.cpp's default (``common_sampler_init``): logit_bias,
+    penalties, dry, top_k, typical_p, top_p, min_p, xtc, temperature, then a draw. Mirostat
+    takes the place of all between logit_bias and the draw, but for temperature. Temperature 0
+    takes the likeliest token after penalties and dry.
+
+    Attributes:
+        logprob: how likely the last sampled token was, if the request asks for it.
     """
 
-    def __init__(self, request: ChatRequest, model: Model) -> None:
-        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        self._penalises = request.repeat_penalty != 1.0
-        if self._penalises:
-            self._add(
-                lib.llama_sampler_init_penalties(
-                    model.n_vocab, _PENALTY_WINDOW, request.repeat_penalty, 0.0, 0.0
-                )
-            )
-        if request.temperature == 0.0:
-            self._add(lib.llama_sampler_init_greedy())
-            return
-        seed = lib.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
-        self._add(lib.llama_sampler_init_top_k(request.top_k))
-        self._add(lib.llama_sampler_init_top_p(request.top_p, 1))
-        self._add(lib.llama_sampler_init_min_p(request.min_p, 1))
-        self._add(lib.llama_sampler_init_temp(request.temperature))
-        self._add(lib.llama_sampler_init_dist(seed))
+    def __init__(self, request: Sampling, model: Model, grammar: Grammar | None = None) -> None:
+        """Make the chain.
 
-    def _add(self, sampler: lib.llama_sampler_p) -> None:
-        lib.llama_sampler_chain_add(self._chain, sampler)  # the chain frees it
+        Raises:
+            InvalidRequest: for a token id outside the vocabulary, or a grammar that llama.cpp
+                can't read.
+        """
+        self._model = model
+        self._request = request
+        self.logprob: TokenLogprob | None = None
+        self._chain: lib.llama_sampler_p | None = lib.llama_sampler_chain_init(
+            lib.llama_sampler_chain_default_params()
+        )
+        self._grammar: GrammarState | None = None
+        try:
+            self._add_bias()
+            self._add_choice()
+            if grammar is not None:
+                self._grammar = GrammarState(grammar, model)
+                self._candidates = Candidates(model.n_vocab)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Free the chain. Closing twice is harmless."""
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
             self._chain = None
+        if self._grammar is not None:
+            self._grammar.close()
 
-    def accept_prompt(self, tokens: Iterable[int]) -> None:
-        """Let the repeat penalty know the prompt, as llama.cpp's server does."""
-        if self._penalises:
-            for token in tokens:
-                lib.llama_sampler_accept(self._chain, token)
+    def accept_prompt(self, tokens: npt.NDArray[np.int32]) -> None:
+        """Let penalties and dry know the prompt, shape (n,), as llama.cpp's server does."""
+        if self._memory:
+            for token in tokens[-self._memory :].tolist():
+                lib.llama_sampler_accept(self._handle, token)
 
     def sample(self, context: Context, index: int = -1) -> int:
         """Draw the next token of the answer.
@@ -63,5 +114,132 @@ class Sampler:
             context: what decoded the last batch.
             index: position in that batch of the token whose result is to be continued, or -1
                 for the last one that has a result.
+
+        Raises:
+            ModelError: no token of the vocabulary fits the grammar.
         """
-        return int(lib.llama_sampler_sample(self._chain, context.handle, index))
+        if self._grammar is not None:
+            token = self._sample_constrained(self._grammar, context.logits(index))
+        else:
+            token = int(lib.llama_sampler_sample(self._handle, context.handle, index))
+        if self._request.logprobs:
+            self.logprob = self._measure(token, context.logits(index))
+        return token
+
+    def _sample_constrained(self, grammar: GrammarState, logits: npt.NDArray[np.float32]) -> int:
+        # Asking the grammar about one token is cheap and about all of them is not, so it is
+        # asked about all only if it refuses the one chosen without it (as in common_sampler).
+        token = self._choose(logits)
+        if not grammar.allows(token):
+            token = self._choose(logits, grammar)
+        lib.llama_sampler_accept(self._handle, token)
+        grammar.accept(token)
+        return token
+
+    def _choose(self, logits: npt.NDArray[np.float32], grammar: GrammarState | None = None) -> int:
+        self._candidates.fill(logits)
+        if grammar is not None:
+            self._candidates.apply(grammar.handle)
+        if self._candidates.possible:
+            self._candidates.apply(self._handle)
+            token = self._candidates.selected
+            if grammar is None or grammar.allows(token):
+                return token
+        # llama.cpp would abort on a token that its grammar does not allow.
+        raise ModelError("no token of the vocabulary fits the grammar at this point of the answer")
+
+    def _measure(self, token: int, logits: npt.NDArray[np.float32]) -> TokenLogprob:
+        n_top = min(self._request.top_logprobs, len(logits))
+        greatest = float(logits.max())
+        total = greatest + float(np.log(np.exp(logits - greatest).sum(dtype=np.float64)))
+        top = np.argpartition(logits, -n_top)[-n_top:] if n_top else np.empty(0, np.intp)
+        top = top[np.argsort(-logits[top], kind="stable")]
+
+        def described(token: int) -> TopLogprob:
+            data = self._model.piece(token, special=True)
+            return TopLogprob(
+                token=data.decode("utf-8", "replace"),
+                logprob=float(logits[token]) - total,
+                bytes=list(data),
+            )
+
+        return TokenLogprob(
+            **msgspec.structs.asdict(described(token)),
+            top_logprobs=[described(int(token)) for token in top],
+        )
+
+    @property
+    def _handle(self) -> lib.llama_sampler_p:
+        if self._chain is None:
+            raise RuntimeError("the sampler is closed")
+        return self._chain
+
+    def _add(self, sampler: lib.llama_sampler_p) -> None:
+        lib.llama_sampler_chain_add(self._handle, sampler)  # the chain frees it
+
+    def _add_bias(self) -> None:
+        biases = {int(token): bias for token, bias in self._request.logit_bias.items()}
+        for token in biases:
+            if not 0 <= token < self._model.n_vocab:
+                raise InvalidRequest(
+                    f"logit_bias: token {token} is outside the vocabulary of "
+                    f"{self._model.n_vocab} tokens"
+                )
+        if biases:
+            pairs = np.array(list(biases.items()), [("token", np.int32), ("bias", np.float32)])
+            native = pairs.ctypes.data_as(ctypes.POINTER(lib.llama_logit_bias))
+            self._add(lib.llama_sampler_init_logit_bias(self._model.n_vocab, len(biases), native))
+
+    def _add_choice(self) -> None:
+        asked = self._request
+        seed = lib.LLAMA_DEFAULT_SEED if asked.seed is None else asked.seed
+        greedy = asked.temperature < _GREEDY_TEMPERATURE
+        self._memory = 0
+        if asked.mirostat == 0 or greedy:
+            self._add_penalties()
+        if greedy:
+            self._add(lib.llama_sampler_init_greedy())
+            return
+        if asked.mirostat == 0:
+            self._add(lib.llama_sampler_init_top_k(asked.top_k))
+            self._add(lib.llama_sampler_init_typical(asked.typical_p, 0))
+            self._add(lib.llama_sampler_init_top_p(asked.top_p, 0))
+            self._add(lib.llama_sampler_init_min_p(asked.min_p, 0))
+            self._add(
+                lib.llama_sampler_init_xtc(asked.xtc_probability, asked.xtc_threshold, 0, seed)
+            )
+        self._add(lib.llama_sampler_init_temp(asked.temperature))
+        tau, eta = asked.mirostat_tau, asked.mirostat_eta
+        if asked.mirostat == 1:
+            n_vocab = self._model.n_vocab
+            self._add(lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, _MIROSTAT_M))
+        elif asked.mirostat == 2:
+            self._add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
+        else:
+            self._add(lib.llama_sampler_init_dist(seed))
+
+    def _add_penalties(self) -> None:
+        """Penalties and dry; they alone remember tokens, ``_memory`` of them."""
+        asked = self._request
+        penalties = (asked.repeat_penalty, asked.frequency_penalty, asked.presence_penalty)
+        if penalties != (1.0, 0.0, 0.0):
+            self._memory = asked.repeat_last_n
+            self._add(
+                lib.llama_sampler_init_penalties(
+                    self._model.n_vocab, asked.repeat_last_n, *penalties
+                )
+            )
+        if asked.dry_multiplier != 0.0:
+            self._memory = max(self._memory, asked.dry_penalty_last_n)
+            breakers = [text.encode() for text in asked.dry_sequence_breakers]
+            self._add(
+                lib.llama_sampler_init_dry(
+                    lib.llama_model_get_vocab(self._model.handle),
+                    asked.dry_multiplier,
+                    asked.dry_base,
+                    asked.dry_allowed_length,
+                    asked.dry_penalty_last_n,
+                    (ctypes.c_char_p * len(breakers))(*breakers),
+                    len(breakers),
+                )
+            )

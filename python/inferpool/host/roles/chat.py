@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from inferpool.host.calls import Driver, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
@@ -18,25 +18,71 @@ Messages = str | Sequence[Mapping[str, str]]
 """A prompt, or a conversation of ``{"role": ..., "content": ...}`` turns as OpenAI has them."""
 
 
-class ChatOptions(TypedDict, total=False):
-    """Options of a chat call. Names are OpenAI's or llama.cpp's; defaults are llama.cpp's."""
+class Sampling(TypedDict, total=False):
+    """How an answer is chosen. Names are OpenAI's or llama.cpp's; defaults are llama.cpp's.
+
+    The options act in the order of this list, which is llama.cpp's; the value that turns each
+    off is given.
+    """
 
     max_tokens: int | None
     """Tokens of the answer at most; None: until the context is full."""
-    temperature: float
-    """Default 0.8; 0 always takes the most likely token."""
-    top_k: int
-    """Default 40; 0 is off."""
-    top_p: float
-    """Default 0.95; 1 is off."""
-    min_p: float
-    """Default 0.05; 0 is off."""
-    repeat_penalty: float
-    """Default 1, which is off."""
-    seed: int | None
-    """The same seed and request give the same answer."""
     stop: list[str]
     """Texts that end the answer; they are not part of it."""
+    grammar: str | None
+    """GBNF that the answer must follow (``grammars/README.md`` of llama.cpp)."""
+    logprobs: bool
+    """Tell how likely each token was, before any of the following acted."""
+    top_logprobs: int
+    """Tell that of the likeliest tokens too, up to 20 for each place. Default 0."""
+    logit_bias: Mapping[int, float] | Mapping[str, float]
+    """Added to the logit of a token, by its id; minus infinity bans it."""
+    repeat_penalty: float
+    """Divides the logit of tokens seen lately. Default 1, which is off."""
+    frequency_penalty: float
+    """Subtracted for each time a token was seen lately. Default 0, which is off."""
+    presence_penalty: float
+    """Subtracted if a token was seen lately. Default 0, which is off."""
+    repeat_last_n: int
+    """How many of the last tokens, prompt included, these three look at. Default 64."""
+    dry_multiplier: float
+    """Strength of the penalty on growing repetitions (DRY). Default 0, which is off."""
+    dry_base: float
+    """By what each further token of a repetition multiplies it. Default 1.75."""
+    dry_allowed_length: int
+    """Length from which on a repetition is penalised. Default 2."""
+    dry_penalty_last_n: int
+    """How many of the last tokens are searched for repetitions. Default 64."""
+    dry_sequence_breakers: Sequence[str]
+    """Texts that end a repetition. Default newline, colon, quotation mark and asterisk."""
+    top_k: int
+    """Keep the likeliest tokens, this many. Default 40; 0 is off."""
+    typical_p: float
+    """Keep the locally typical tokens of this mass. Default 1, which is off."""
+    top_p: float
+    """Keep the likeliest tokens of this mass. Default 0.95; 1 is off."""
+    min_p: float
+    """Keep tokens at least this likely, relative to the likeliest. Default 0.05; 0 is off."""
+    xtc_probability: float
+    """How often all but the least likely of the tokens above ``xtc_threshold`` are excluded.
+    Default 0, which is off."""
+    xtc_threshold: float
+    """Default 0.1."""
+    temperature: float
+    """Default 0.8; 0 always takes the likeliest token."""
+    mirostat: Literal[0, 1, 2]
+    """Aim at a surprise of ``mirostat_tau`` instead, by version 1 or 2; of the options above only
+    ``logit_bias`` and ``temperature`` act then. Default 0, which is off."""
+    mirostat_tau: float
+    """Surprise to aim at, in bits. Default 5."""
+    mirostat_eta: float
+    """How fast. Default 0.1."""
+    seed: int | None
+    """The same seed and request give the same answer."""
+
+
+class ChatOptions(Sampling, total=False):
+    """Options of a chat call."""
 
 
 class Chat:
