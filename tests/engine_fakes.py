@@ -31,6 +31,9 @@ class CountdownAbort:
         self._left = max(self._left - 1, 0)
         return self._left == 0
 
+    def union(self, other: CountdownAbort) -> CountdownAbort:
+        return _Either(self, other)
+
     @property
     def callback(self) -> int:
         address = ctypes.cast(self._native, ctypes.c_void_p).value
@@ -46,12 +49,47 @@ class CountdownAbort:
         return self.is_set()
 
 
-class FakeReply:
-    """Keeps what a handler sends."""
+class _Either(CountdownAbort):
+    def __init__(self, *tokens: CountdownAbort) -> None:
+        super().__init__()
+        self._tokens = tokens
 
-    def __init__(self) -> None:
-        self.abort = CountdownAbort()
+    def is_set(self) -> bool:
+        return sum(token.is_set() for token in self._tokens) > 0  # each of them counts its polls
+
+
+class FakeReply:
+    """Keeps what a handler sends.
+
+    Attributes:
+        sent: kind and payload of each item.
+        outcome: "deferred", "ended" or the error that ended the call; None before.
+        full: how often `try_send` is still going to refuse.
+    """
+
+    def __init__(self, abort: CountdownAbort | None = None) -> None:
+        self.abort = abort or CountdownAbort()
         self.sent: list[tuple[str, Any]] = []
+        self.outcome: Any = None
+        self.full = 0
 
     def send(self, kind: str, payload: Any) -> None:
         self.sent.append((kind, payload))
+
+    def try_send(self, kind: str, payload: Any) -> bool:
+        if self.full:
+            self.full -= 1
+            return False
+        self.send(kind, payload)
+        return True
+
+    def defer(self) -> None:
+        self.outcome = "deferred"
+
+    def end(self) -> None:
+        assert self.outcome == "deferred", "a call ends once"
+        self.outcome = "ended"
+
+    def fail(self, error: BaseException) -> None:
+        assert self.outcome == "deferred", "a call ends once"
+        self.outcome = error

@@ -17,12 +17,22 @@ import pytest
 from engine_fakes import CountdownAbort, FakeReply
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import write_qwen3
 
 from inferpool.engine import backend
+from inferpool.engine.context import Batch
 from inferpool.engine.embedder import Embedder
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
-from inferpool.errors import CallCancelled, ContextLengthExceeded, ModelLoadError, ModelNotFound
+from inferpool.engine.prefixes import prefixes_of
+from inferpool.errors import (
+    CallCancelled,
+    ContextLengthExceeded,
+    ModelError,
+    ModelLoadError,
+    ModelNotFound,
+)
+from inferpool.messages import EmbedRequest
 from inferpool.models import resolve
 from inferpool.roles import embed as role
 
@@ -51,11 +61,17 @@ def embedder(session: role.EmbedSession) -> Embedder:
     return session.embedder
 
 
+def embed(
+    embedder: Embedder, texts: list[str], *, abort: CountdownAbort | None = None, **options: Any
+) -> Any:
+    return embedder.embed(EmbedRequest(texts=texts, **options), abort=abort)
+
+
 # Vectors
 
 
 def test_vectors_agree_with_the_reference(embedder: Embedder) -> None:
-    vectors = embedder.embed(TEXTS)
+    vectors = embed(embedder, TEXTS)
     assert vectors.dtype == np.float32
     assert vectors.shape == (len(TEXTS), 384)
     for item, vector in zip(GOLDEN, vectors, strict=True):
@@ -63,20 +79,20 @@ def test_vectors_agree_with_the_reference(embedder: Embedder) -> None:
 
 
 def test_vectors_do_not_depend_on_the_batch(embedder: Embedder) -> None:
-    together = embedder.embed(TEXTS)
-    alone = np.concatenate([embedder.embed([text]) for text in TEXTS])
+    together = embed(embedder, TEXTS)
+    alone = np.concatenate([embed(embedder, [text]) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=ROUNDING)
 
 
 def test_no_texts_give_an_array_without_rows(embedder: Embedder) -> None:
-    vectors = embedder.embed([])
+    vectors = embed(embedder, [])
     assert vectors.shape == (0, 384)
     assert vectors.dtype == np.float32
 
 
 def test_normalize_scales_to_length_one(embedder: Embedder) -> None:
-    raw = embedder.embed(TEXTS[:3], normalize=False)
-    unit = embedder.embed(TEXTS[:3])
+    raw = embed(embedder, TEXTS[:3], normalize=False)
+    unit = embed(embedder, TEXTS[:3])
     norms = np.linalg.norm(raw, axis=1, keepdims=True)
     assert not np.allclose(norms, 1)
     np.testing.assert_allclose(unit, raw / norms, rtol=1e-5)
@@ -85,7 +101,7 @@ def test_normalize_scales_to_length_one(embedder: Embedder) -> None:
 def test_more_texts_than_sequences_keep_their_order(minilm_path: Path, embedder: Embedder) -> None:
     model = Model(minilm_path)
     small = Embedder(model, n_batch=512, n_seq_max=3, n_threads=1)
-    np.testing.assert_allclose(small.embed(TEXTS), embedder.embed(TEXTS), atol=ROUNDING)
+    np.testing.assert_allclose(embed(small, TEXTS), embed(embedder, TEXTS), atol=ROUNDING)
     small.close()
     model.close()
 
@@ -95,18 +111,18 @@ def test_more_texts_than_sequences_keep_their_order(minilm_path: Path, embedder:
 
 def test_over_long_text_is_an_error_with_the_numbers(embedder: Embedder) -> None:
     with pytest.raises(ContextLengthExceeded, match=r"texts\[1\] has 602 tokens") as caught:
-        embedder.embed(["short", "bee " * 600])
+        embed(embedder, ["short", "bee " * 600])
     assert caught.value.details == {"index": 1, "asked": 602, "context": 512}
 
 
 def test_truncate_keeps_the_closing_token(embedder: Embedder) -> None:
     # [CLS] + 510 words + [SEP] is exactly the context.
-    cut, whole = embedder.embed(["bee " * 600, "bee " * 510], truncate=True)
+    cut, whole = embed(embedder, ["bee " * 600, "bee " * 510], truncate=True)
     np.testing.assert_allclose(cut, whole, atol=1e-6)
 
 
 def test_control_tokens_in_a_text_are_text(embedder: Embedder) -> None:
-    plain, with_marker = embedder.embed(["bees", "bees [SEP]"])
+    plain, with_marker = embed(embedder, ["bees", "bees [SEP]"])
     assert float(np.dot(plain, with_marker)) < 0.99
 
 
@@ -137,18 +153,18 @@ def test_plans_cover_every_text_once_within_the_limits(
 
 
 def test_abort_ends_a_batch_natively_and_the_next_call_works(embedder: Embedder) -> None:
-    expected = embedder.embed(TEXTS)
+    expected = embed(embedder, TEXTS)
     abort = CountdownAbort(polls=20)
     with pytest.raises(CallCancelled):
-        embedder.embed(TEXTS, abort=abort)
+        embed(embedder, TEXTS, abort=abort)
     assert abort.native_polls > 0
-    np.testing.assert_array_equal(embedder.embed(TEXTS), expected)
+    np.testing.assert_array_equal(embed(embedder, TEXTS), expected)
 
 
 def test_abort_that_is_already_set_computes_nothing(embedder: Embedder) -> None:
     abort = CountdownAbort(polls=0)
     with pytest.raises(CallCancelled):
-        embedder.embed(TEXTS, abort=abort)
+        embed(embedder, TEXTS, abort=abort)
     assert abort.native_polls == 0
 
 
@@ -197,13 +213,216 @@ def make_session(model: str, **options: Any) -> role.EmbedSession:
     return role.make_session(SimpleNamespace(options={"model": model, **options}), None)
 
 
-def test_handler_replies_with_one_array(session: role.EmbedSession) -> None:
-    reply = FakeReply()
-    payload = {"texts": ["bees dance", "markets fall"]}
+def call(session: role.EmbedSession, texts: list[str], **options: Any) -> FakeReply:
+    reply = FakeReply(options.pop("abort", None))
+    payload = {"texts": texts, **options}
     role.HANDLERS["embed"](reply, payload, SimpleNamespace(session=session))
+    return reply
+
+
+def serve(session: role.EmbedSession) -> int:
+    """Step until nothing is left, and say how many steps that took."""
+    steps = 1
+    while session.step() is not None:
+        steps += 1
+    return steps
+
+
+def test_handler_replies_with_one_array(session: role.EmbedSession) -> None:
+    reply = call(session, ["bees dance", "markets fall"])
+    assert reply.outcome == "deferred"
+    serve(session)
     [(kind, vectors)] = reply.sent
-    assert kind == "embed"
+    assert (kind, reply.outcome) == ("embed", "ended")
     assert vectors.shape == (2, 384)
+    assert session.step() is None
+
+
+def test_calls_share_a_batch_and_keep_their_own(session: role.EmbedSession) -> None:
+    alone = [embed(session.embedder, [text])[0] for text in TEXTS[:6]]
+    calls = [call(session, texts) for texts in (TEXTS[:1], TEXTS[1:3], [], TEXTS[3:6])]
+    assert serve(session) == 1
+    answers = [reply.sent[0][1] for reply in calls]
+    assert [len(answer) for answer in answers] == [1, 2, 0, 3]
+    np.testing.assert_allclose(np.concatenate(answers), alone, atol=ROUNDING)
+    cosines = (np.concatenate(answers) * [item["vector"] for item in GOLDEN[:6]]).sum(1)
+    assert cosines.min() >= 0.9999
+
+
+def test_a_short_call_does_not_wait_for_a_long_one(session: role.EmbedSession) -> None:
+    bulk = call(session, ["bee " * 100] * 40)
+    assert session.step() == 0.0
+    short = call(session, ["bees"])
+    session.step()
+    assert (bulk.outcome, short.outcome) == ("deferred", "ended")
+    serve(session)
+    assert bulk.outcome == "ended"
+
+
+def test_a_bad_text_fails_its_own_call(session: role.EmbedSession) -> None:
+    good = call(session, ["bees"])
+    with pytest.raises(ContextLengthExceeded):
+        call(session, ["bees", "bee " * 600])
+    also_good = call(session, ["markets"])
+    serve(session)
+    assert good.outcome == also_good.outcome == "ended"
+
+
+def test_cancelling_one_call_leaves_the_others_as_they_are(session: role.EmbedSession) -> None:
+    expected = embed(session.embedder, TEXTS)
+    abort = CountdownAbort(polls=30)
+    cancelled = call(session, ["bee " * 200], abort=abort)
+    calls = [call(session, [text]) for text in TEXTS]
+    serve(session)
+    assert isinstance(cancelled.outcome, CallCancelled)
+    answers = np.concatenate([reply.sent[0][1] for reply in calls])
+    np.testing.assert_allclose(answers, expected, atol=ROUNDING)
+
+
+def test_what_llama_cpp_refuses_fails_its_own_call(
+    session: role.EmbedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = session.embedder.packer._context
+    decode = context.decode
+
+    def refuse_long_ones(batch: Batch) -> None:
+        if len(batch) > 100:
+            raise ModelError("not this one")
+        decode(batch)
+
+    monkeypatch.setattr(context, "decode", refuse_long_ones)
+    good, bad, also_good = (call(session, [text]) for text in ("bees", "bee " * 200, "markets"))
+    serve(session)
+    assert isinstance(bad.outcome, ModelError)
+    assert good.outcome == also_good.outcome == "ended"
+
+
+def test_a_full_ring_is_asked_again(session: role.EmbedSession) -> None:
+    slow, other = call(session, ["bees"]), call(session, ["markets"])
+    slow.full = 2
+    assert session.step() == pytest.approx(0.001)
+    assert (slow.outcome, other.outcome) == ("deferred", "ended")
+    serve(session)
+    assert slow.outcome == "ended"
+    assert len(slow.sent) == 1
+
+
+def test_an_answer_that_nobody_takes_fails_its_own_call(
+    session: role.EmbedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, other = call(session, ["bees"]), call(session, ["markets"])
+    monkeypatch.setattr(gone, "try_send", lambda *_: (_ for _ in ()).throw(CallCancelled("gone")))
+    serve(session)
+    assert isinstance(gone.outcome, CallCancelled)
+    assert other.outcome == "ended"
+
+
+def test_after_a_step_that_failed_nothing_is_left(
+    session: role.EmbedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(session.embedder, "finish", lambda *_, **__: 1 / 0)
+        lost = [call(session, ["bees"]), call(session, ["bee " * 300] * 3)]
+    with pytest.raises(ZeroDivisionError):
+        serve(session)
+    assert all(reply.outcome == "deferred" for reply in lost)  # the loop fails them
+    after = call(session, ["bees"])
+    serve(session)
+    assert after.outcome == "ended"
+
+
+# Options
+
+
+def test_dimensions_cut_and_normalise_again(embedder: Embedder) -> None:
+    whole = embed(embedder, TEXTS[:3])
+    cut = embed(embedder, TEXTS[:3], dimensions=64)
+    assert cut.shape == (3, 64)
+    expected = whole[:, :64] / np.linalg.norm(whole[:, :64], axis=1, keepdims=True)
+    np.testing.assert_allclose(cut, expected, atol=1e-6)
+    raw = embed(embedder, TEXTS[:3], dimensions=64, normalize=False)
+    np.testing.assert_array_equal(raw, embed(embedder, TEXTS[:3], normalize=False)[:, :64])
+    assert embed(embedder, [], dimensions=64).shape == (0, 64)
+    with pytest.raises(ValueError, match=r"dimensions must be at most 384.*not 385"):
+        embed(embedder, TEXTS[:1], dimensions=385)
+
+
+def test_prompt_names(embedder: Embedder) -> None:
+    # MiniLM was trained without prefixes.
+    plain = embed(embedder, ["bees"])
+    np.testing.assert_array_equal(embed(embedder, ["bees"], prompt_name="query"), plain)
+    with pytest.raises(ValueError, match=r"no prompt named 'title'; it has document, query"):
+        embed(embedder, ["bees"], prompt_name="title")
+
+
+def test_prompts_of_the_config_come_before_the_text(minilm_path: Path) -> None:
+    made = make_session(str(minilm_path), prompts={"query": "search for: "}, n_threads=1)
+    asked = embed(made.embedder, ["bees"], prompt_name="query")
+    np.testing.assert_array_equal(asked, embed(made.embedder, ["search for: bees"]))
+    np.testing.assert_array_equal(
+        embed(made.embedder, ["bees"], prompt_name="document"), embed(made.embedder, ["bees"])
+    )
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "document"),
+    [
+        ("intfloat/e5-base-v2", "query: ", "passage: "),
+        ("Multilingual E5 Large", "query: ", "passage: "),
+        ("multilingual-e5-large-instruct", "Instruct: Given a web search query", ""),
+        ("bge-small-en-v1.5", "Represent this sentence for", ""),
+        ("Bge M3", "", ""),
+        ("nomic-embed-text-v1.5.Q8_0", "search_query: ", "search_document: "),
+        ("Qwen3 Embedding 0.6B", "Instruct: Given a web search query", ""),
+        ("mxbai-embed-large-v1-f16", "Represent this sentence for", ""),
+        ("snowflake-arctic-embed-m-v2.0", "query: ", ""),
+        ("snowflake-arctic-embed-m-v1.5", "Represent this sentence for", ""),
+        ("embeddinggemma-300M", "task: search result | query: ", "title: none | text: "),
+        ("all-MiniLM-L6-v2", "", ""),
+    ],
+)
+def test_known_prefixes(name: str, query: str, document: str) -> None:
+    model = SimpleNamespace(metadata=lambda _key: name, path=Path("model.gguf"))
+    found = prefixes_of(model)  # type: ignore[arg-type]
+    assert found["query"].startswith(query)
+    assert bool(found["query"]) == bool(query)
+    assert found["document"] == document
+
+
+# Decoders
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[role.EmbedSession]:
+    path = write_qwen3(tmp_path_factory.mktemp("models") / "embed.gguf", "embed")
+    made = make_session(str(path), n_threads=1)
+    yield made
+    made.close()
+
+
+def test_a_decoder_pools_its_last_token(decoder: role.EmbedSession) -> None:
+    from llama_cpp import Llama
+
+    peer = Llama(
+        str(decoder.embedder._model.path), embedding=True, n_ctx=256, n_threads=1, verbose=False
+    )
+    texts = ["bees dance", "markets fall", "a", "flowers " * 20]
+    vectors = embed(decoder.embedder, texts, normalize=False)
+    assert vectors.shape == (4, 32)
+    for text, vector in zip(texts, vectors, strict=True):
+        np.testing.assert_allclose(vector, peer.embed(text), atol=2e-3)
+    together = embed(decoder.embedder, texts * 30, normalize=False)
+    np.testing.assert_allclose(together, np.tile(vectors, (30, 1)), atol=2e-3)
+    peer.close()
+
+
+def test_a_truncated_text_keeps_the_token_that_a_decoder_pools(
+    decoder: role.EmbedSession,
+) -> None:
+    [cut] = embed(decoder.embedder, ["b" * 400], truncate=True)
+    [whole] = embed(decoder.embedder, ["b" * 255])
+    np.testing.assert_allclose(cut, whole, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +432,7 @@ def test_handler_replies_with_one_array(session: role.EmbedSession) -> None:
         ({"texts": "not a list"}, TypeError, "texts"),
         ({"texts": ["a", 3]}, TypeError, r"texts\[1\]"),
         ({}, TypeError, "texts"),
+        ({"texts": ["a"], "dimensions": 0}, ValueError, "dimensions"),
         (["a"], TypeError, "EmbedRequest"),
     ],
 )
@@ -250,7 +470,7 @@ def test_close_is_idempotent_and_final(minilm_path: Path) -> None:
     made.close()
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
-        made.embedder.embed(["late"])
+        embed(made.embedder, ["late"])
 
 
 # The native library

@@ -19,6 +19,7 @@ from inferpool.engine.model import Model
 from inferpool.engine.pairs import TemplatePairs
 from inferpool.engine.reranker import Reranker
 from inferpool.errors import CallCancelled, ContextLengthExceeded, ModelLoadError
+from inferpool.messages import RerankRequest
 from inferpool.models import resolve
 from inferpool.roles import rerank as role
 
@@ -32,11 +33,16 @@ DOCUMENTS = ["bees dance", "markets fall", "", "a waggle dance tells where flowe
 
 
 @pytest.fixture(scope="module")
-def reranker() -> Iterator[Reranker]:
-    session = role.make_session(config(TINY), CountdownAbort())
-    yield session.reranker
-    session.close()
-    session.close()
+def session() -> Iterator[role.RerankSession]:
+    made = role.make_session(config(TINY), CountdownAbort())
+    yield made
+    made.close()
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def reranker(session: role.RerankSession) -> Reranker:
+    return session.reranker
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,20 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reranker]:
     session.close()
 
 
+def score(
+    reranker: Reranker,
+    query: str,
+    documents: list[str],
+    *,
+    abort: CountdownAbort | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """Scores in the order of the documents."""
+    request = RerankRequest(query=query, documents=documents, **options)
+    results = reranker.rerank(request, abort=abort)
+    return np.array([r.relevance_score for r in sorted(results, key=lambda r: r.index)])
+
+
 def config(model: Path | str, **options: Any) -> Any:
     return SimpleNamespace(options={"model": str(model), "n_threads": 1, **options})
 
@@ -57,20 +77,19 @@ def test_scores_equal_the_reference(reranker: Reranker) -> None:
     for item in GOLDEN:
         by_query[item["query"]].append(item)
     for query, items in by_query.items():
-        scores = reranker.score(query, [item["document"] for item in items])
-        assert scores.dtype == np.float32
+        scores = score(reranker, query, [item["document"] for item in items])
         np.testing.assert_allclose(scores, [item["score"] for item in items], atol=TOLERANCE)
         for item in items:
             tokens = reranker._pairs.tokens(query, item["document"])
             assert len(tokens) == item["n_tokens"]
-            [alone] = reranker.score(query, [item["document"]])
+            [alone] = score(reranker, query, [item["document"]])
             assert alone == pytest.approx(item["score"], abs=TOLERANCE)
 
 
 def test_normalize_is_the_sigmoid(reranker: Reranker) -> None:
-    raw = reranker.score(QUERY, DOCUMENTS)
+    raw = score(reranker, QUERY, DOCUMENTS)
     np.testing.assert_allclose(
-        reranker.score(QUERY, DOCUMENTS, normalize=True), 1 / (1 + np.exp(-raw)), rtol=1e-5
+        score(reranker, QUERY, DOCUMENTS, normalize=True), 1 / (1 + np.exp(-raw)), rtol=1e-5
     )
 
 
@@ -79,8 +98,8 @@ def test_yes_or_no_is_the_probability_that_the_model_gives_it(
 ) -> None:
     from llama_cpp import Llama
 
-    scores = asking.score(QUERY, DOCUMENTS)
-    np.testing.assert_array_equal(asking.score(QUERY, DOCUMENTS, normalize=True), scores)
+    scores = score(asking, QUERY, DOCUMENTS)
+    np.testing.assert_array_equal(score(asking, QUERY, DOCUMENTS, normalize=True), scores)
     peer = Llama(
         str(write_qwen3(tmp_path / "chat.gguf", "chat")),
         n_ctx=256,
@@ -89,18 +108,18 @@ def test_yes_or_no_is_the_probability_that_the_model_gives_it(
         verbose=False,
     )
     yes, no = (peer.tokenize(word, add_bos=False)[0] for word in (b"yes", b"no"))
-    for score, document in zip(scores, DOCUMENTS, strict=True):
+    for probability, document in zip(scores, DOCUMENTS, strict=True):
         prompt = RERANK_TEMPLATE.format(query=QUERY, document=document)
         peer.reset()
         peer.eval(peer.tokenize(prompt.encode(), add_bos=False, special=True))
         logits = peer.scores[peer.n_tokens - 1]
-        assert score == pytest.approx(1 / (1 + np.exp(logits[no] - logits[yes])), abs=1e-3)
+        assert probability == pytest.approx(1 / (1 + np.exp(logits[no] - logits[yes])), abs=1e-3)
     peer.close()
 
 
 def test_batches_do_not_change_scores(asking: Reranker) -> None:
-    together = asking.score(QUERY, DOCUMENTS * 30)
-    alone = np.concatenate([asking.score(QUERY, [document]) for document in DOCUMENTS])
+    together = score(asking, QUERY, DOCUMENTS * 30)
+    alone = np.concatenate([score(asking, QUERY, [document]) for document in DOCUMENTS])
     np.testing.assert_allclose(together, np.tile(alone, 30), atol=2e-3)
 
 
@@ -125,27 +144,27 @@ def test_over_long_documents(name: str, request: pytest.FixtureRequest) -> None:
     tested: Reranker = request.getfixturevalue(name)
     document = "bees " * 600
     with pytest.raises(ContextLengthExceeded, match=r"documents\[1\]") as caught:
-        tested.score("bees", ["a", document])
+        score(tested, "bees", ["a", document])
     assert caught.value.details["index"] == 1
     assert caught.value.details["asked"] > caught.value.details["context"] == tested.n_ctx
-    assert np.isfinite(tested.score("bees", ["a", document], truncate=True)).all()
+    assert np.isfinite(score(tested, "bees", ["a", document], truncate=True)).all()
     cut = tested._pairs.cut("bees", document, tested.n_ctx)
     assert cut is not None
     assert len(cut) == tested.n_ctx
     np.testing.assert_array_equal(cut[-1:], tested._pairs.tokens("bees", "a")[-1:])
     with pytest.raises(ContextLengthExceeded, match="shorten the query"):
-        tested.score(document, ["a"], truncate=True)
+        score(tested, document, ["a"], truncate=True)
 
 
 def test_no_documents(reranker: Reranker) -> None:
-    assert reranker.score(QUERY, []).shape == (0,)
+    assert score(reranker, QUERY, []).shape == (0,)
 
 
 def test_abort_leaves_the_reranker_usable(reranker: Reranker) -> None:
-    expected = reranker.score(QUERY, DOCUMENTS)
+    expected = score(reranker, QUERY, DOCUMENTS)
     with pytest.raises(CallCancelled):
-        reranker.score(QUERY, DOCUMENTS, abort=CountdownAbort(polls=5))
-    np.testing.assert_array_equal(reranker.score(QUERY, DOCUMENTS), expected)
+        score(reranker, QUERY, DOCUMENTS, abort=CountdownAbort(polls=5))
+    np.testing.assert_array_equal(score(reranker, QUERY, DOCUMENTS), expected)
 
 
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])
@@ -162,22 +181,27 @@ def test_a_classifier_is_refused(asking: Reranker, monkeypatch: pytest.MonkeyPat
             Reranker(model, n_batch=64, n_seq_max=4)
 
 
-def test_handler_replies_with_the_best(reranker: Reranker) -> None:
+def test_handler_replies_with_the_best(session: role.RerankSession) -> None:
     items = [item for item in GOLDEN if item["query"] == QUERY]
-    reply = FakeReply()
+    replies = [FakeReply(), FakeReply()]
     payload = {"query": QUERY, "documents": [item["document"] for item in items], "top_n": 2}
-    role.HANDLERS["rerank"](reply, payload, SimpleNamespace(session=fake_session(reranker)))
-    [(kind, results)] = reply.sent
-    assert kind == "rerank"
+    for reply in replies:
+        role.HANDLERS["rerank"](reply, payload, SimpleNamespace(session=session))
+    assert session.step() is None  # both in one batch
     best = sorted(range(len(items)), key=lambda i: -items[i]["score"])[:2]
-    assert [result.index for result in results] == best
-    assert [r.relevance_score for r in results] == pytest.approx(
-        [items[i]["score"] for i in best], abs=TOLERANCE
-    )
+    for reply in replies:
+        [(kind, results)] = reply.sent
+        assert (kind, reply.outcome) == ("rerank", "ended")
+        assert [result.index for result in results] == best
+        assert [r.relevance_score for r in results] == pytest.approx(
+            [items[i]["score"] for i in best], abs=TOLERANCE
+        )
 
 
-def fake_session(reranker: Reranker) -> Any:
-    return SimpleNamespace(reranker=reranker)
+def test_equal_scores_keep_the_order_of_the_documents(reranker: Reranker) -> None:
+    rows = np.zeros((5, 1), np.float32)
+    request = RerankRequest(query=QUERY, documents=[""] * 5, top_n=3)
+    assert [result.index for result in reranker.finish(rows, request)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -191,9 +215,9 @@ def fake_session(reranker: Reranker) -> Any:
     ],
 )
 def test_handler_names_what_is_wrong(
-    reranker: Reranker, payload: Any, error: type[Exception], message: str
+    session: role.RerankSession, payload: Any, error: type[Exception], message: str
 ) -> None:
     reply = FakeReply()
     with pytest.raises(error, match=message):
-        role.HANDLERS["rerank"](reply, payload, SimpleNamespace(session=fake_session(reranker)))
+        role.HANDLERS["rerank"](reply, payload, SimpleNamespace(session=session))
     assert not reply.sent

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,28 @@ def test_embed_options(models: Pool) -> None:
         models.embed(["short", long])
     assert caught.value.details["context"] == 512
     assert models.embed([long], truncate=True).shape == (1, 384)
+    assert models.embed(["bees"], dimensions=100).shape == (1, 100)
+    with pytest.raises(ValueError, match="dimensions"):
+        models.embed(["bees"], dimensions=385)
+    with pytest.raises(ValueError, match="no prompt named 'title'"):
+        models.embed(["bees"], prompt_name="title")
+    with pytest.raises(TypeError, match="normalise"):
+        models.embed(["bees"], normalise=True)  # type: ignore[call-arg]
+
+
+def test_queries_and_documents(models: Pool) -> None:
+    [bees, markets] = models.embed.embed_documents(["bees dance", "markets fall"])
+    query = models.embed.embed_query("what do bees do?")
+    assert query.shape == (384,)
+    assert query @ bees > query @ markets
+
+
+def test_callers_at_once_each_get_their_own_vectors(models: Pool) -> None:
+    texts = [item["text"] for item in GOLDEN["items"]]
+    expected = models.embed(texts)
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda text: models.embed([text])[0], texts * 4))
+    np.testing.assert_allclose(answers, np.tile(expected, (4, 1)), atol=5e-4)
 
 
 @pytest.mark.parametrize("texts", ["a str", [1], None, [b"bytes"]])

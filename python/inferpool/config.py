@@ -65,6 +65,9 @@ class EmbedConfig(_LlamaConfig):
     """Tokens decoded together at most, so also the longest text."""
     n_seq_max: int = 64
     """Texts decoded together at most."""
+    prompts: Mapping[str, str] | None = None
+    """Prefixes by the name of what a text is (``"query"``, ``"document"``), besides or in place of
+    those that are known for the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@
     packing     sequences -> pooled rows    chat       messages -> streamed text
     embedder    texts -> vectors            template   messages -> prompt
     reranker    pairs -> scores             sampler    logits -> token
+    prefixes    model -> what it wants in front of a query or document
     pairs       query, document -> tokens   text       token bytes -> whole characters
     minilm      safetensors -> GGUF
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,9 @@ from inferpool.engine.abort import AbortToken
 from inferpool.engine.backend import lib
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
+from inferpool.engine.prefixes import prefixes_of
 from inferpool.errors import ContextLengthExceeded, ModelLoadError
+from inferpool.messages import EmbedRequest
 
 __all__ = ["Embedder"]
 
@@ -32,6 +34,7 @@ class Embedder:
         n_seq_max: int,
         n_threads: int | None = None,
         flash_attn: bool = True,
+        prompts: Mapping[str, str] | None = None,
     ) -> None:
         """Prepare ``model``, which stays the caller's to close.
 
@@ -41,6 +44,7 @@ class Embedder:
             n_seq_max: texts decoded together at most.
             n_threads: None takes the CPUs this process may run on.
             flash_attn: whether to use flash attention.
+            prompts: prefixes by name, besides or in place of those known for the model.
 
         Raises:
             ModelLoadError: if the model gives no vector for a text, or memory is short.
@@ -58,6 +62,7 @@ class Embedder:
         except ModelLoadError:
             self._packer.close()
             raise
+        self._prefixes = {**prefixes_of(model), **(prompts or {})}
         self.dimension = model.n_embd
         self.n_ctx = self._packer.n_ctx
 
@@ -65,38 +70,67 @@ class Embedder:
         """Free the context. Closing twice is harmless."""
         self._packer.close()
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        normalize: bool = True,
-        truncate: bool = False,
-        abort: AbortToken | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """The vectors of ``texts``, float32 of shape (len(texts), d), in their order.
+    @property
+    def packer(self) -> Packer:
+        """What computes the jobs that `job` makes."""
+        return self._packer
 
-        Args:
-            texts: any number of them, none included.
-            normalize: scale each vector to Euclidean length 1.
-            truncate: cut over-long texts at the context length, their closing special
-                token kept.
-            abort: ends the call early.
+    def embed(
+        self, request: EmbedRequest, *, abort: AbortToken | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The vectors of a request, float32 of shape (len(texts), d), in their order.
+
+        Raises:
+            CallCancelled: if ``abort`` was set.
+            ModelError: if llama.cpp can't compute a batch.
+            ContextLengthExceeded, ValueError: as `job` does.
+        """
+        return self.finish(self._packer.run(self.job(request, abort)), request)
+
+    def job(self, request: EmbedRequest, abort: AbortToken | None = None) -> Job:
+        """Tokenise a request; `finish` makes vectors of the rows of the job.
 
         Raises:
             ContextLengthExceeded: if a text is over-long and ``truncate`` is off.
-            ValueError: if a text gives no token at all.
-            CallCancelled: if ``abort`` was set.
-            ModelError: if llama.cpp can't compute a batch.
+            ValueError: if a text gives no token at all, there is no such prompt name, or vectors
+                have fewer dimensions than asked for.
         """
-        tokens = [self._tokenize(i, text, truncate) for i, text in enumerate(texts)]
-        vectors = self._packer.run(Job(tokens, self.dimension, abort))
-        if normalize:
+        if request.dimensions is not None and request.dimensions > self.dimension:
+            raise ValueError(
+                f"dimensions must be at most {self.dimension}, which is what "
+                f"{self._model.path.name} has, not {request.dimensions}"
+            )
+        prefix = self._prefix(request.prompt_name)
+        tokens = [
+            self._tokenize(i, prefix + text, truncate=request.truncate)
+            for i, text in enumerate(request.texts)
+        ]
+        return Job(tokens, self.dimension, abort)
+
+    def finish(
+        self, rows: npt.NDArray[np.float32], request: EmbedRequest
+    ) -> npt.NDArray[np.float32]:
+        """The vectors that ``request`` asks for, of what the model made of its texts."""
+        # Matryoshka: the first components of a vector are a vector (https://arxiv.org/abs/2205.13147).
+        vectors = rows[:, : request.dimensions]
+        if request.normalize:
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             # A zero vector has no direction, and stays as it is.
             np.divide(vectors, norms, out=vectors, where=norms > 0)
         return vectors
 
-    def _tokenize(self, index: int, text: str, truncate: bool) -> npt.NDArray[np.int32]:
+    def _prefix(self, prompt_name: str | None) -> str:
+        if prompt_name is None:
+            return ""
+        try:
+            return self._prefixes[prompt_name]
+        except KeyError:
+            known = ", ".join(sorted(self._prefixes))
+            raise ValueError(
+                f"{self._model.path.name} has no prompt named {prompt_name!r}; it has {known}"
+            ) from None
+
+    def _tokenize(self, index: int, text: str, *, truncate: bool) -> npt.NDArray[np.int32]:
         tokens = self._model.tokenize(text, add_special=True, parse_special=False)
         if not tokens.size:
             raise ValueError(f"texts[{index}] gives no token, so it has no vector")

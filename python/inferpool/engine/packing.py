@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import functools
 from collections import deque
 from collections.abc import Sequence
 
@@ -29,7 +30,9 @@ class Job:
 
     Attributes:
         rows: the results so far, float32 of shape (number of sequences, width).
+        n_finished: how many of them are there.
         error: why there will be no more, or None.
+        abort: ends the job early.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Job:
         self.error: InferpoolError | None = None
         self.abort = abort
         self._sequences = sequences
-        self._unfinished = len(sequences)
+        self.n_finished = 0
         # Ascending, so that the longest one that fits is found by bisection.
         self._waiting = sorted(range(len(sequences)), key=self._length)
 
@@ -59,7 +62,12 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether nothing is left to compute."""
-        return self.error is not None or not self._unfinished
+        return self.error is not None or self.n_finished == len(self._sequences)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants the results any more."""
+        return self.abort is not None and self.abort.is_set()
 
     @property
     def waiting(self) -> bool:
@@ -81,11 +89,9 @@ class Job:
         """The sequence of a row."""
         return self._sequences[row]
 
-    def finish(self, row: int) -> npt.NDArray[np.float32]:
-        """The row to write a result to, which is then finished."""
-        self._unfinished -= 1
-        result: npt.NDArray[np.float32] = self.rows[row]
-        return result
+    def put_back(self, row: int) -> None:
+        """Undo `take`."""
+        bisect.insort(self._waiting, row, key=self._length)
 
     def result(self) -> npt.NDArray[np.float32]:
         """The rows.
@@ -167,10 +173,19 @@ class Packer:
             self.step()
         return job.result()
 
+    def forget(self) -> None:
+        """Drop all jobs."""
+        self._jobs.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether jobs wait."""
+        return bool(self._jobs)
+
     def step(self) -> list[Job]:
         """Compute one batch of what waits, and return the jobs that ended."""
         for job in self._jobs:
-            if job.abort is not None and job.abort.is_set():
+            if job.cancelled:
                 job.error = CallCancelled("the call was cancelled")
         batch = self._plan()
         if batch:
@@ -200,25 +215,48 @@ class Packer:
         return plan
 
     def _compute(self, plan: list[tuple[Job, int]]) -> None:
-        jobs = {id(job): job for job, _ in plan}
-        # What one call cancels is not another's to lose.
-        abort = next(iter(jobs.values())).abort if len(jobs) == 1 else None
+        jobs = list({id(job): job for job, _ in plan}.values())
         self._batch.clear()
         for sequence, (job, row) in enumerate(plan):
             self._batch.add(job.tokens(row), sequence=sequence, output=True)
         try:
-            with self._context.interruptible(abort):
+            with self._context.interruptible(_any_of(jobs)):
                 self._context.clear()
                 self._context.decode(self._batch)
+            for sequence, (job, row) in enumerate(plan):
+                self._read(sequence, job.rows[row])
         except InferpoolError as error:
-            for job in jobs.values():
-                job.error = error
+            self._share_out(error, jobs, plan)
             return
-        for sequence, (job, row) in enumerate(plan):
-            self._read(sequence, job.finish(row))
+        for job, _ in plan:
+            job.n_finished += 1
+
+    def _share_out(
+        self, error: InferpoolError, jobs: Sequence[Job], plan: list[tuple[Job, int]]
+    ) -> None:
+        """End the jobs that a failed batch is to blame on; the others' sequences wait again."""
+        if isinstance(error, CallCancelled):
+            to_blame = [job for job in jobs if job.cancelled] or jobs
+        elif len(jobs) == 1:
+            to_blame = jobs
+        else:
+            # Who knows whose fault it was: each job is tried by itself.
+            for job in jobs:
+                self._compute([(other, row) for other, row in plan if other is job])
+            return
+        for job in to_blame:
+            job.error = error
+        for job, row in plan:
+            job.put_back(row)
 
     def _read(self, sequence: int, row: npt.NDArray[np.float32]) -> None:
         source = lib.llama_get_embeddings_seq(self._context.handle, sequence)
         if not source:
             raise ModelError(f"llama.cpp gave no result for sequence {sequence}")
         ctypes.memmove(row.ctypes.data, source, row.nbytes)
+
+
+def _any_of(jobs: Sequence[Job]) -> AbortToken | None:
+    """A token that is set once one of the jobs is cancelled."""
+    tokens = [job.abort for job in jobs if job.abort is not None]
+    return functools.reduce(lambda one, other: one.union(other), tokens) if tokens else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +11,7 @@ from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
 from inferpool.engine.pairs import SeparatedPairs, TemplatePairs, Tokens
 from inferpool.errors import ContextLengthExceeded, ModelLoadError
+from inferpool.messages import RerankRequest, RerankResult
 
 __all__ = ["Reranker"]
 
@@ -79,40 +78,47 @@ class Reranker:
         """Free the context. Closing twice is harmless."""
         self._packer.close()
 
-    def score(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        normalize: bool = False,
-        truncate: bool = False,
-        abort: AbortToken | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """The scores of ``documents``, float32 of shape (len(documents),), in their order.
+    @property
+    def packer(self) -> Packer:
+        """What computes the jobs that `job` makes."""
+        return self._packer
 
-        Args:
-            query: what is asked.
-            documents: any number of texts, none included.
-            normalize: map scores to 0 … 1 by ``1 / (1 + exp(-score))``. Models that are asked for
-                yes or no give the probability of yes, which stays as it is.
-            truncate: cut over-long documents at their end.
-            abort: ends the call early.
+    def rerank(
+        self, request: RerankRequest, *, abort: AbortToken | None = None
+    ) -> list[RerankResult]:
+        """The documents of a request, the best one first.
+
+        Raises:
+            CallCancelled: if ``abort`` was set.
+            ModelError: if llama.cpp can't compute a batch.
+            ContextLengthExceeded: as `job` does.
+        """
+        return self.finish(self._packer.run(self.job(request, abort)), request)
+
+    def job(self, request: RerankRequest, abort: AbortToken | None = None) -> Job:
+        """Tokenise a request; `finish` makes results of the rows of the job.
 
         Raises:
             ContextLengthExceeded: if a pair is over-long and ``truncate`` is off, or the query
                 leaves no room for a document.
-            CallCancelled: if ``abort`` was set.
-            ModelError: if llama.cpp can't compute a batch.
         """
-        pairs = [self._tokenize(query, i, text, truncate) for i, text in enumerate(documents)]
-        rows = self._packer.run(Job(pairs, self._n_labels, abort))
-        scores = rows[:, self._label]
-        if normalize and not self._with_softmax:
-            # In float64: exp of a large number stays finite there.
-            scores = (1.0 / (1.0 + np.exp(-scores.astype(np.float64)))).astype(np.float32)
-        return scores
+        pairs = [
+            self._tokenize(request.query, i, document, truncate=request.truncate)
+            for i, document in enumerate(request.documents)
+        ]
+        return Job(pairs, self._n_labels, abort)
 
-    def _tokenize(self, query: str, index: int, document: str, truncate: bool) -> Tokens:
+    def finish(self, rows: npt.NDArray[np.float32], request: RerankRequest) -> list[RerankResult]:
+        """The results that ``request`` asks for, of what the model made of its pairs."""
+        scores = rows[:, self._label]
+        # Of a yes or no, the model gives the probability itself.
+        if request.normalize and not self._with_softmax:
+            # 1 / (1 + exp(-score)), without the overflow.
+            scores = 0.5 * (1.0 + np.tanh(0.5 * scores))
+        best = np.argsort(-scores, kind="stable")[: request.top_n]
+        return [RerankResult(index=int(i), relevance_score=float(scores[i])) for i in best]
+
+    def _tokenize(self, query: str, index: int, document: str, *, truncate: bool) -> Tokens:
         tokens = self._pairs.tokens(query, document)
         if len(tokens) <= self.n_ctx:
             return tokens

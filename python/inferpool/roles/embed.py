@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any, cast
 
 from inferpool.config import EmbedConfig
@@ -12,6 +13,7 @@ from inferpool.engine.embedder import Embedder
 from inferpool.engine.model import Model
 from inferpool.messages import EmbedRequest, read
 from inferpool.models import resolve
+from inferpool.roles.packed import PackedCalls
 from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
 __all__ = ["HANDLERS", "EmbedSession", "make_session"]
@@ -22,6 +24,7 @@ class EmbedSession:
 
     Attributes:
         embedder: makes the vectors.
+        calls: the calls under way; those of several callers share batches.
     """
 
     def __init__(self, config: EmbedConfig, abort: AbortToken | None) -> None:
@@ -34,9 +37,15 @@ class EmbedSession:
                 n_seq_max=config.n_seq_max,
                 n_threads=config.n_threads,
                 flash_attn=config.flash_attn,
+                prompts=config.prompts,
             )
             resources.enter_context(closing(self.embedder))
+            self.calls = PackedCalls(self.embedder.packer)
             self._resources = resources.pop_all()
+
+    def step(self) -> float | None:
+        """Compute one batch; see `inferpool.worker.Session`."""
+        return self.calls.step()
 
     def close(self) -> None:
         """Free the model and its context. Closing twice is harmless."""
@@ -59,13 +68,8 @@ def handle_embed(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Answer an `EmbedRequest` with a float32 array of shape (len(texts), d)."""
     request = read(payload, EmbedRequest)
     session = cast(EmbedSession, state.session)
-    vectors = session.embedder.embed(
-        request.texts,
-        normalize=request.normalize,
-        truncate=request.truncate,
-        abort=reply.abort,
-    )
-    reply.send("embed", vectors)
+    job = session.embedder.job(request, reply.abort)
+    session.calls.submit(reply, "embed", job, partial(session.embedder.finish, request=request))
 
 
 HANDLERS: Mapping[str, KindHandler] = {"embed": handle_embed}

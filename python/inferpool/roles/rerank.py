@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any, cast
-
-import numpy as np
 
 from inferpool.config import RerankConfig
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.model import Model
 from inferpool.engine.reranker import Reranker
-from inferpool.messages import RerankRequest, RerankResult, read
+from inferpool.messages import RerankRequest, read
 from inferpool.models import resolve
+from inferpool.roles.packed import PackedCalls
 from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
 __all__ = ["HANDLERS", "RerankSession", "make_session"]
@@ -24,6 +24,7 @@ class RerankSession:
 
     Attributes:
         reranker: makes the scores.
+        calls: the calls under way; those of several callers share batches.
     """
 
     def __init__(self, config: RerankConfig, abort: AbortToken | None) -> None:
@@ -38,7 +39,12 @@ class RerankSession:
                 flash_attn=config.flash_attn,
             )
             resources.enter_context(closing(self.reranker))
+            self.calls = PackedCalls(self.reranker.packer)
             self._resources = resources.pop_all()
+
+    def step(self) -> float | None:
+        """Compute one batch; see `inferpool.worker.Session`."""
+        return self.calls.step()
 
     def close(self) -> None:
         """Free the model and its context. Closing twice is harmless."""
@@ -61,16 +67,8 @@ def handle_rerank(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Answer a `RerankRequest` with a list of `RerankResult`, the best one first."""
     request = read(payload, RerankRequest)
     session = cast(RerankSession, state.session)
-    scores = session.reranker.score(
-        request.query,
-        request.documents,
-        normalize=request.normalize,
-        truncate=request.truncate,
-        abort=reply.abort,
-    )
-    best = np.argsort(-scores, kind="stable")[: request.top_n]
-    results = [RerankResult(index=int(i), relevance_score=float(scores[i])) for i in best]
-    reply.send("rerank", results)
+    job = session.reranker.job(request, reply.abort)
+    session.calls.submit(reply, "rerank", job, partial(session.reranker.finish, request=request))
 
 
 HANDLERS: Mapping[str, KindHandler] = {"rerank": handle_rerank}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inferpool.host.roles.chat import AsyncChat, Chat, ChatOptions, Messages
-from inferpool.host.roles.embed import AsyncEmbed, Embed
+from inferpool.host.roles.embed import AsyncEmbed, Embed, EmbedOptions
 from inferpool.host.roles.rerank import AsyncRerank, Rerank
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Chat",
     "ChatOptions",
     "Embed",
+    "EmbedOptions",
     "Messages",
     "Rerank",
 ]

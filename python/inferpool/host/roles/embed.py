@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 import numpy as np
 
 from inferpool.errors import ProtocolError
-from inferpool.host.calls import Driver, Steps, call
+from inferpool.host.calls import Driver, Steps
 from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.roles.ask import ask
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import EmbedRequest, read
 
-__all__ = ["AsyncEmbed", "Embed"]
+__all__ = ["AsyncEmbed", "Embed", "EmbedOptions"]
+
+
+class EmbedOptions(TypedDict, total=False):
+    """Options of an embed call."""
+
+    normalize: bool
+    """Default true: scale each vector to Euclidean length 1."""
+    truncate: bool
+    """Default false: a text that is longer than the model's context is an error. True: cut it."""
+    dimensions: int | None
+    """Keep this many components of each vector, and then normalise. For models that were trained
+    so that the first components are a vector of their own (Matryoshka); default: all."""
 
 
 class Embed:
@@ -26,27 +40,48 @@ class Embed:
         self,
         texts: Sequence[str],
         *,
-        normalize: bool = True,
-        truncate: bool = False,
+        prompt_name: str | None = None,
         timeout: float | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> np.ndarray:
-        """Embed texts.
+        """Embed texts, as they are or with what the model wants in front of them.
 
         Args:
             texts: the texts, in any number.
-            normalize: scale each vector to length 1.
-            truncate: cut texts that are longer than the model's context.
+            prompt_name: which of the model's prefixes to put in front of each text, such as
+                "query" or "document"; None puts none.
             timeout: seconds until `CallTimeout`.
+            **options: see `EmbedOptions`.
 
         Returns:
-            float32 of shape (len(texts), d), row i for text i; d is the model's dimension.
+            float32 of shape (len(texts), d), row i for text i; d is the model's dimension, or
+            ``dimensions``.
 
         Raises:
-            ContextLengthExceeded: a text is too long, and `truncate` is off.
-            TypeError: `texts` is no sequence of str.
+            ContextLengthExceeded: a text is too long, and ``truncate`` is off.
+            TypeError: `texts` is no sequence of str, or an unknown option.
+            ValueError: more dimensions than the model has, no such prompt, or a text that
+                gives no token.
         """
-        request = _request(texts, normalize, truncate)
+        request = _request(texts, prompt_name, options)
         return self._driver.run(_embed(self._supervisor, self._driver, request, timeout))
+
+    def embed_query(
+        self, text: str, *, timeout: float | None = None, **options: Unpack[EmbedOptions]
+    ) -> np.ndarray:
+        """The vector of a search query, with the model's prefix for queries; shape (d,)."""
+        vectors = self([text], prompt_name="query", timeout=timeout, **options)
+        return vectors.reshape(-1)
+
+    def embed_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> np.ndarray:
+        """As a plain call, with the model's prefix for documents."""
+        return self(texts, prompt_name="document", timeout=timeout, **options)
 
 
 class AsyncEmbed:
@@ -60,26 +95,42 @@ class AsyncEmbed:
         self,
         texts: Sequence[str],
         *,
-        normalize: bool = True,
-        truncate: bool = False,
+        prompt_name: str | None = None,
         timeout: float | None = None,
+        **options: Unpack[EmbedOptions],
     ) -> np.ndarray:
         """As `Embed.__call__`."""
-        request = _request(texts, normalize, truncate)
+        request = _request(texts, prompt_name, options)
         return await self._driver.run(_embed(self._supervisor, self._driver, request, timeout))
 
+    async def embed_query(
+        self, text: str, *, timeout: float | None = None, **options: Unpack[EmbedOptions]
+    ) -> np.ndarray:
+        """As `Embed.embed_query`."""
+        vectors = await self([text], prompt_name="query", timeout=timeout, **options)
+        return vectors.reshape(-1)
 
-def _request(texts: Sequence[str], normalize: bool, truncate: bool) -> EmbedRequest:
+    async def embed_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> np.ndarray:
+        """As `Embed.embed_documents`."""
+        return await self(texts, prompt_name="document", timeout=timeout, **options)
+
+
+def _request(texts: Sequence[str], prompt_name: str | None, options: EmbedOptions) -> EmbedRequest:
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of str, not a str")
-    fields = {"texts": list(texts), "normalize": normalize, "truncate": truncate}
-    return read(fields, EmbedRequest)
+    return read({"texts": list(texts), "prompt_name": prompt_name, **options}, EmbedRequest)
 
 
 def _embed(
     supervisor: Supervisor, driver: Driver, request: EmbedRequest, timeout: float | None
 ) -> Steps[np.ndarray]:
-    vectors = yield from call(supervisor, driver, "embed", request, timeout)
+    vectors = yield from ask(supervisor, driver, "embed", request, timeout)
     if not isinstance(vectors, np.ndarray):
         raise ProtocolError(f"not an array of embeddings: {type(vectors).__name__}")
     return vectors
