@@ -10,7 +10,7 @@ UV := uv==0.13.9
 UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --universal \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/transport rust/python \
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/sandbox rust/transport rust/python \
 	-name '*.rs' -o -name Cargo.toml)
 HOST_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 from engine_fakes import SETTINGS
 
-from inferpool import Pool, Role
+from inferpool import Pool, Role, config
+
+# Coverage of workers.
+config.INHERITED_VARIABLES.append("COVERAGE_*")
 
 if TYPE_CHECKING:
     from llama_cpp import Llama

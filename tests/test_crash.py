@@ -206,6 +206,28 @@ def test_a_log_does_not_grow_without_bound(tmp_path: Path, with_folder: bool) ->
         assert files == ["worker-echo.log", *(f"worker-echo.log.{n}" for n in (1, 2, 3))]
 
 
+def test_a_sandboxed_worker_cuts_its_log_and_the_next_one_moves_it(tmp_path: Path) -> None:
+    role = Role("echo_role:make_session", "echo_role:HANDLERS", sandbox="confined")
+    with Pool(echo=role, log_dir=tmp_path) as pool:
+        assert pool.call("echo", "chatter", 5 << 20) < 5 << 20
+        assert [path.name for path in tmp_path.iterdir()] == ["worker-echo.log"]
+        # The last line may pass the bound that is looked at after it.
+        (tmp_path / "worker-echo.log").write_bytes(b"x" * (5 << 20))
+        with pytest.raises(WorkerCrashed):
+            pool.call("echo", "exit", 1)
+        pool.call("echo", "echo")
+    assert (tmp_path / "worker-echo.log.1").stat().st_size >= 5 << 20
+
+
+def test_a_log_whose_folder_is_gone_is_cut(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    with Pool(echo=echo_role(), log_dir=logs) as pool:
+        pool.call("echo", "echo")
+        shutil.rmtree(logs)
+        assert pool.call("echo", "chatter", 5 << 20) < 5 << 20
+        assert pool.status()["echo"].incarnation == 1
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -101,6 +101,12 @@ def test_dunder_all_is_true(name: str) -> None:
     assert _own_public_names(module) - set(listed) == set()
 
 
+@pytest.mark.parametrize("name", ["inferpool", "inferpool.worker"])
+def test_a_name_that_is_not_there_is_an_attribute_error(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"{name!r} has no attribute 'nothing'"):
+        _ = importlib.import_module(name).nothing
+
+
 def _own_public_names(module: ModuleType) -> set[str]:
     """What a module defines or, for a package, also gathers from its own submodules."""
     prefix = module.__name__ + "." if hasattr(module, "__path__") else None

@@ -62,6 +62,18 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
     assert models.resolve(str(path)) == path
 
 
+def test_what_is_to_be_read_for_a_model(tmp_path: Path) -> None:
+    names = ["a[1]-00001-of-00002.gguf", "a[1]-00002-of-00002.gguf", "a1-00001-of-00002.gguf"]
+    first, second, _ = (tmp_path / name for name in names)
+    for name in names:
+        (tmp_path / name).touch()
+    assert sorted(models.readable(str(first))) == [first, second]
+    assert models.readable(str(tmp_path)) == [tmp_path]
+    assert models.readable("smollm2") == [models.resolve("smollm2")]
+    with pytest.raises(ModelNotFound):
+        models.readable("gpt-9")
+
+
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ModelNotFound, match="known names are minilm, smollm2"):
         models.resolve("gpt-9")

@@ -15,7 +15,7 @@ from conftest import echo_role, eventually
 from inferpool import CallCancelled, Pool, RemoteError, codec
 from inferpool._transport import HostChannel
 from inferpool.host.process import RoleLogFile, WorkerProcess
-from inferpool.messages import Start, WorkerArguments
+from inferpool.messages import Sandbox, Start, WorkerArguments
 from inferpool.worker import Reply, RoleConfig, WorkerLoopState, run_worker
 
 CONFIG = Start(
@@ -237,7 +237,13 @@ def test_a_worker_told_to_end_before_it_was_told_what_to_be() -> None:
     channel = HostChannel(ring_capacity=4096, frame_limit=4096, wait="park")
     log = RoleLogFile(None, "unborn")
     fds = channel.worker_fds()
-    arguments = WorkerArguments(fds=fds, host_pid=os.getpid(), frame_limit=4096, wait="park")
+    arguments = WorkerArguments(
+        fds=fds,
+        host_pid=os.getpid(),
+        frame_limit=4096,
+        wait="park",
+        sandbox=Sandbox(level="basic"),
+    )
     process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log)
     channel.watch(process.pid)
     channel.close()

@@ -40,7 +40,14 @@ if TYPE_CHECKING:
     from inferpool.host.pool import AsyncPool, Pool
     from inferpool.host.stream import AsyncStream, Stream
     from inferpool.host.supervisor import RoleStatus
-    from inferpool.messages import ChatDelta, ChatResult, RerankResult, Timings, Usage
+    from inferpool.messages import (
+        ChatDelta,
+        ChatResult,
+        RerankResult,
+        SandboxReport,
+        Timings,
+        Usage,
+    )
 
 _HOMES = {
     "inferpool.config": ["ChatConfig", "EmbedConfig", "RerankConfig", "Role"],
@@ -66,7 +73,14 @@ _HOMES = {
     "inferpool.host.pool": ["AsyncPool", "Pool"],
     "inferpool.host.stream": ["AsyncStream", "Stream"],
     "inferpool.host.supervisor": ["RoleStatus"],
-    "inferpool.messages": ["ChatDelta", "ChatResult", "RerankResult", "Timings", "Usage"],
+    "inferpool.messages": [
+        "ChatDelta",
+        "ChatResult",
+        "RerankResult",
+        "SandboxReport",
+        "Timings",
+        "Usage",
+    ],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -96,6 +110,7 @@ __all__ = [
     "RerankResult",
     "Role",
     "RoleStatus",
+    "SandboxReport",
     "Stream",
     "Timings",
     "Usage",

@@ -14,12 +14,15 @@ __all__ = [
     "AbortToken",
     "Body",
     "Call",
+    "Confinement",
     "Event",
     "HostChannel",
     "LoopNotifier",
     "Progress",
     "Request",
     "WorkerChannel",
+    "confine",
+    "restrain",
 ]
 
 @final
@@ -300,3 +303,36 @@ class WorkerChannel:
 
     def join_heartbeat(self) -> None:
         """End the heartbeat thread."""
+
+@final
+class Confinement:
+    """What `confine` achieved, as tried afterwards."""
+
+    @property
+    def files(self) -> bool:
+        """Whether opening a path that was not allowed fails."""
+
+    @property
+    def calls(self) -> bool:
+        """Whether making a socket fails, and with it every other forbidden system call."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Why something was not achieved; empty when nothing is missing."""
+
+def restrain() -> None:
+    """Give up new privileges, core dumps, and descriptors beyond 4096; for good.
+
+    Raises:
+        OSError: the system refused.
+    """
+
+def confine(*, readable: Sequence[str], writable: Sequence[str]) -> Confinement:
+    """Give up files, network and other processes, as far as the kernel can; for good.
+
+    The process must have one thread only: others would stay free.
+
+    Args:
+        readable: files, and folders with all that they hold; what does not exist is passed over.
+        writable: files that may be read and written.
+    """

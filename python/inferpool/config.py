@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import platformdirs
 
@@ -21,9 +22,19 @@ __all__ = [
     "PoolOptions",
     "RerankConfig",
     "Role",
+    "SandboxLevel",
     "cache_dir",
+    "library_path",
     "worker_environment",
 ]
+
+SandboxLevel = Literal["basic", "confined", "strict"]
+"""What a worker gives up before it opens a model; see SECURITY.md.
+
+``"basic"``: a scrubbed environment, no privileges to gain, no core dumps, no descriptors of the
+host. ``"confined"``: also files, network, and other programs and processes, as far as the kernel
+can take them away. ``"strict"``: all of that, or the worker does not start.
+"""
 
 
 # Above any real model's context (the largest known claims 10 Mi tokens). llama.cpp sets up
@@ -38,6 +49,11 @@ def _check_range(name: str, value: int, least: int, most: int) -> None:
         raise ValueError(f"{name} must be between {least} and {most}, not {value}")
 
 
+def _check_sandbox(level: str) -> None:
+    if level not in get_args(SandboxLevel):
+        raise ValueError(f"sandbox must be one of {get_args(SandboxLevel)}, not {level!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _LlamaConfig:
     """What every llama.cpp role has in common."""
@@ -48,8 +64,12 @@ class _LlamaConfig:
     """Layers kept on an accelerator; -1 means all."""
     flash_attn: bool = True
     """Flash attention. Packed batches are slower without it (see ARCHITECTURE.md)."""
+    sandbox: SandboxLevel | None = None
+    """None takes ``"confined"``, or ``"basic"`` with an accelerator, whose drivers need more."""
 
     def __post_init__(self) -> None:
+        if self.sandbox is not None:
+            _check_sandbox(self.sandbox)
         if self.n_threads is not None:
             _check_range("n_threads", self.n_threads, 1, _MAX_THREADS)
         _check_range("n_gpu_layers", self.n_gpu_layers, -1, 1 << 16)
@@ -125,8 +145,13 @@ class Role:
     """Mapping of kind to ``(reply, payload, state) -> None``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Handed to the session factory as ``role_config.options``; any payload type."""
+    sandbox: SandboxLevel = "basic"
+    """Only the role's author knows what it needs, so more is asked for here."""
+    readable: Sequence[str] = ()
+    """Above ``"basic"``: models by name, files and folders to read, beside ``sys.path``."""
 
     def __post_init__(self) -> None:
+        _check_sandbox(self.sandbox)
         for name in ("session", "handlers"):
             module, separator, attribute = getattr(self, name).partition(":")
             if not (module and separator and attribute):
@@ -165,11 +190,31 @@ def cache_dir() -> Path:
     return Path(override) if override else platformdirs.user_cache_path("inferpool")
 
 
+# What a worker inherits of the environment: what the loader, the interpreter and the numerical
+# libraries go by. Keys and tokens of the host are none of its business.
+INHERITED_VARIABLES = [
+    *("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LANGUAGE", "LC_*", "LD_*", "PYTHON*"),
+    *("XDG_CACHE_HOME", "INFERPOOL_*", "LLAMA_*", "GGML_*"),
+    *("OMP_*", "GOMP_*", "KMP_*", "OPENBLAS_*", "MKL_*", "BLIS_*"),
+    *("CUDA_*", "NVIDIA_*", "HIP_*", "HSA_*", "ROCR_*", "ROCM_*", "GPU_*", "VK_*"),
+    *("ONEAPI_*", "SYCL_*", "ZE_*"),
+]
+
+
 def worker_environment() -> dict[str, str]:
     """The environment that workers are started with."""
-    environment = dict(os.environ)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if any(fnmatchcase(name, pattern) for pattern in INHERITED_VARIABLES)
+    }
     # How long idle OpenMP threads spin before they sleep: long enough to bridge the gap
     # between graph nodes, short enough that an idle worker uses no CPU. The default of
     # libgomp and the passive policy are both slower (see ARCHITECTURE.md, "Measured").
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     return environment
+
+
+def library_path() -> list[str]:
+    """Folders that the loader looks for libraries in, beside the system's."""
+    return [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]

@@ -26,6 +26,8 @@ __all__ = [
     "RerankRequest",
     "RerankResult",
     "Sampling",
+    "Sandbox",
+    "SandboxReport",
     "Start",
     "Timings",
     "TokenLogprob",
@@ -67,6 +69,33 @@ def read(fields: Any, message: type[_T]) -> _T:
         raise TypeError(text) from error
 
 
+class Sandbox(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker shall give up before it opens anything; see `inferpool.Role`."""
+
+    level: Literal["basic", "confined", "strict"]
+    readable: list[str] = []
+    """Files, and folders with all that they hold; names that `locate` knows."""
+    locate: str | None = None
+    """Import path of a callable from an entry of `readable` to the paths that it stands for."""
+    log_path: str | None = None
+    """The only file to write."""
+
+
+class SandboxReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker gave up, as tried by itself before its session was built.
+
+    Attributes:
+        level: ``"basic"``: a scrubbed environment, no inherited descriptors, a process group of
+            its own, no new privileges, no core dumps, a bound on descriptors. ``"confined"``:
+            also no files but those of the interpreter, the role and its log, no network, no
+            other programs and processes. ``"partial"``: some of that.
+        missing: what of the level that was asked for is missing, and why.
+    """
+
+    level: Literal["basic", "partial", "confined"]
+    missing: list[str] = []
+
+
 class WorkerArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The command line of a worker, as JSON: how to reach its host."""
 
@@ -75,6 +104,7 @@ class WorkerArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host_pid: int
     frame_limit: int
     wait: str
+    sandbox: Sandbox
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +124,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The answer to `Start` once the session stands."""
 
     load_seconds: float
+    sandbox: SandboxReport
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

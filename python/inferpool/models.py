@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from inferpool.config import cache_dir
 from inferpool.errors import ModelNotFound
 
-__all__ = ["KnownModel", "known_models", "resolve"]
+__all__ = ["KnownModel", "known_models", "readable", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class _Entry:
     converted: str | None = None
     """Name in the cache of the GGUF that is made of them; None if they are one."""
 
+
+# As llama.cpp's gguf-split names them; the first file brings the others.
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 
 _ENTRIES = {
     "minilm": _Entry(
@@ -79,6 +84,20 @@ def resolve(model: str) -> Path:
     names = ", ".join(sorted(_ENTRIES))
     problem = "is a folder, not a GGUF file" if path.is_dir() else "is no known name and no file"
     raise ModelNotFound(f"{model!r} {problem}. hint: known names are {names}")
+
+
+def readable(model: str) -> list[Path]:
+    """The paths to open for ``model``, which may be a folder too: with all files of a split GGUF.
+
+    Raises:
+        ModelNotFound: as `resolve`.
+    """
+    path = Path(model).expanduser()
+    if model not in _ENTRIES and path.is_dir():
+        return [path]
+    path = resolve(model)
+    split = _SPLIT.fullmatch(path.name)
+    return [path] if split is None else [*path.parent.glob(f"{glob.escape(split[1])}-*-of-*.gguf")]
 
 
 def _resolve_known(name: str, entry: _Entry) -> Path:

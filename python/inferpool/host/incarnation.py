@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +25,7 @@ from inferpool.errors import (
     WorkerStartError,
 )
 from inferpool.host.process import RoleLogFile, WorkerProcess
-from inferpool.messages import ErrorInfo, Ready, Start, WorkerArguments
+from inferpool.messages import ErrorInfo, Ready, Sandbox, Start, WorkerArguments
 
 __all__ = ["Incarnation", "RoleSpec", "remote_error"]
 
@@ -98,8 +99,21 @@ class Incarnation:
             host_pid=os.getpid(),
             frame_limit=_FRAME_LIMIT,
             wait=self.spec.options.wait,
+            sandbox=self._sandbox(),
         )
         return WorkerProcess(msgspec.json.encode(arguments).decode(), fds, self._log)
+
+    def _sandbox(self) -> Sandbox:
+        role = self.spec.role
+        # A role of one's own may be anywhere; the package's own are where the interpreter looks.
+        own = role.session.partition(":")[0].startswith("inferpool.")
+        modules = [] if own else [path for path in map(Path, sys.path) if path.exists()]
+        return Sandbox(
+            level=role.sandbox,
+            readable=[*role.readable, *map(str, modules)],
+            locate="inferpool.models:readable",
+            log_path=None if self._log.path is None else str(self._log.path),
+        )
 
     def _send_start(self) -> Call:
         spec = self.spec

@@ -101,7 +101,13 @@ def _as_role(name: str, given: RoleLike) -> Role:
         )
     module = f"inferpool.roles.{name}"
     options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    return Role(f"{module}:make_session", f"{module}:HANDLERS", options)
+    return Role(
+        f"{module}:make_session",
+        f"{module}:HANDLERS",
+        options,
+        sandbox=given.sandbox or ("basic" if given.n_gpu_layers else "confined"),
+        readable=[options[name] for name in ("model", "mmproj") if options.get(name)],
+    )
 
 
 def _options(log_dir: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> PoolOptions:

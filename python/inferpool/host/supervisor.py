@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from inferpool.errors import PoolClosed
 from inferpool.host.incarnation import Incarnation, RoleSpec
+from inferpool.messages import SandboxReport
 
 __all__ = ["RoleStatus", "Supervisor"]
 
@@ -27,6 +28,8 @@ class RoleStatus:
     """Seconds since the worker was started."""
     load_seconds: float | None
     """Seconds that the session took to build."""
+    sandbox: SandboxReport | None
+    """What the worker gave up before it opened anything; None until its session stands."""
     in_flight: int
     """Calls that have not ended."""
     counters: dict[str, int]
@@ -115,13 +118,15 @@ class Supervisor:
         if current is not None:
             counters.update(current.channel.counters())
         running = current if state in ("starting", "ready") else None
+        ready = running.ready if running else None
         return RoleStatus(
             role=self.spec.name,
             state=state,
             pid=running.pid if running else None,
             incarnation=self._count,
             uptime=time.monotonic() - running.started if running else None,
-            load_seconds=running.ready.load_seconds if running and running.ready else None,
+            load_seconds=ready.load_seconds if ready else None,
+            sandbox=ready.sandbox if ready else None,
             in_flight=len(running.in_flight()) if running else 0,
             counters=dict(counters),
         )

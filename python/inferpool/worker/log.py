@@ -8,13 +8,14 @@ native prints, so the lines stand in the order in which they happened.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["RoleLog", "configure_worker_logging", "redirect_stdio"]
+__all__ = ["RoleLog", "configure_worker_logging", "limit_log_size", "redirect_stdio"]
 
 MAX_BYTES = 4 * 1024 * 1024
 """Size at which the log is rotated, or cut when it has no file."""
@@ -62,22 +63,35 @@ class RoleLog(logging.StreamHandler[TextIO]):
 
     def limit_size(self) -> None:
         """Rotate or cut the log if it has grown too large; native prints count too."""
-        if os.fstat(2).st_size <= MAX_BYTES:
-            return
         with self.lock:  # type: ignore[union-attr]  # set by Handler.createLock
-            sys.stdout.flush()
-            if self._path is None:
-                _cut()
-            else:
-                self._rotate(self._path)
+            limit_log_size(self._path)
 
-    def _rotate(self, path: Path) -> None:
+
+def limit_log_size(path: Path | None) -> None:
+    """Rotate the log if it has grown too large; cut it if it has no file, or is not to be moved.
+
+    In a sandbox it is not: the worker may write its log, but nothing else in that folder.
+    """
+    if os.fstat(2).st_size <= MAX_BYTES:
+        return
+    # A log that can be neither moved nor cut, on a disk that fails, stays as it is.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        if path is None or not _rotate(path):
+            _cut()
+
+
+def _rotate(path: Path) -> bool:
+    try:
         for number in range(BACKUPS, 0, -1):
             older = path.with_name(f"{path.name}.{number}")
             newer = path if number == 1 else path.with_name(f"{path.name}.{number - 1}")
             if newer.exists():
                 newer.replace(older)
         redirect_stdio(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _cut() -> None:

@@ -15,7 +15,7 @@ import msgspec
 from inferpool import codec
 from inferpool._transport import AbortToken, Request, WorkerChannel
 from inferpool.errors import CallCancelled, PayloadTooLarge, PoolClosed
-from inferpool.messages import READY_KIND, ErrorInfo, Ready, Start
+from inferpool.messages import READY_KIND, ErrorInfo, Ready, SandboxReport, Start
 from inferpool.worker.log import RoleLog, configure_worker_logging, redirect_stdio
 
 __all__ = [
@@ -40,6 +40,8 @@ RoleConfig = Start
 
 LOG_CHECK_SECONDS = 0.001
 """Asking for the log's size takes a tenth of what a short request does."""
+
+UNCONFINED = SandboxReport(level="basic")
 
 _log = logging.getLogger("inferpool.worker")
 
@@ -137,6 +139,7 @@ def run_worker(
     session_factory: Callable[[RoleConfig, AbortToken], Session],
     kind_handlers: Mapping[WireKind, KindHandler],
     start_request: Request | None = None,
+    sandbox: SandboxReport = UNCONFINED,
 ) -> None:
     """Build the session and serve requests until the channel shuts down.
 
@@ -149,9 +152,11 @@ def run_worker(
         session_factory: builds the session; its abort token is set on shutdown.
         kind_handlers: handler by kind.
         start_request: answered with `Ready` once the session stands.
+        sandbox: what the process has given up.
     """
     redirect_stdio(role_config.log_path)
     log = configure_worker_logging(role_config.log_path, role_config.log_level)
+    _log.info("sandbox: %s", "; ".join([sandbox.level, *sandbox.missing]))
     session: Session | None = None
     try:
         began = time.monotonic()
@@ -159,7 +164,7 @@ def run_worker(
         seconds = time.monotonic() - began
         _log.info("incarnation %d ready in %.3f s", role_config.incarnation, seconds)
         if start_request is not None:
-            start_request.send(codec.encode("ready", Ready(load_seconds=seconds)))
+            start_request.send(codec.encode("ready", Ready(load_seconds=seconds, sandbox=sandbox)))
             start_request.end()
         handlers = {READY_KIND: _answer_nothing, **kind_handlers}
         _dispatch(channel, handlers, WorkerLoopState(role_config, session), log)

@@ -4,6 +4,7 @@ mod abort;
 mod event;
 mod host;
 mod python;
+mod sandbox;
 mod worker;
 
 /// Framed shared memory between a host and one worker process.
@@ -15,6 +16,8 @@ mod _transport {
     use crate::event::{PyBody, PyEvent, PyProgress};
     #[pymodule_export]
     use crate::host::{PyCall, PyHostChannel, PyLoopNotifier};
+    #[pymodule_export]
+    use crate::sandbox::{PyConfinement, confine, restrain};
     #[pymodule_export]
     use crate::worker::{PyRequest, PyWorkerChannel};
 }

@@ -1,0 +1,260 @@
+"""What a worker can still reach, and what it says of that."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from inferpool import (
+    ChatConfig,
+    EmbedConfig,
+    Pool,
+    Role,
+    SandboxReport,
+)
+from inferpool.messages import Sandbox, WorkerArguments
+from inferpool.models import resolve
+from inferpool.worker import sandbox
+
+TESTS = str(Path(__file__).parent)
+CONFINED = SandboxReport(level="confined")
+# What works for anybody, wherever the tests run, unless a sandbox is in the way.
+ORDINARY = {
+    "read a file in the home directory",
+    "list the home directory",
+    "write a file",
+    "write beside the log",
+    "append to a file",
+    "remove a file",
+    "change a file's mode",
+    "connect by TCP",
+    "send by UDP",
+    "connect to a local socket",
+    "fork",
+    "start a program",
+    "signal the host",
+}
+
+
+def escape_role(level: Any, **settings: Any) -> Role:
+    return Role("escape_role:make_session", "escape_role:HANDLERS", sandbox=level, **settings)
+
+
+@pytest.fixture
+def around(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What there is to escape to, see `escape_role.attempts`."""
+    unix = str(tmp_path / "socket")
+    memory = ctypes.create_string_buffer(b"secret")
+    with (
+        tempfile.NamedTemporaryFile(dir=Path.home()) as secret,
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as local,
+    ):
+        udp.bind(("127.0.0.1", 0))
+        local.bind(unix)
+        secret.write(b"secret")
+        secret.flush()
+        yield {
+            "host": os.getpid(),
+            "address": ctypes.addressof(memory),
+            "secret": secret.name,
+            "log_dir": str(tmp_path),
+            "tcp": tcp.getsockname()[1],
+            "udp": udp.getsockname()[1],
+            "unix": unix,
+            "nproc": resource.getrlimit(resource.RLIMIT_NPROC),
+        }
+
+
+def outcomes(pool: Pool, role: str, around: dict[str, Any], folder: Path) -> dict[str, str]:
+    """What becomes of every try of the role, with files of its own to try it on."""
+    folder.mkdir()
+    for name in ("remove", "rename"):
+        (folder / name).touch()
+    answer: dict[str, str] = pool.call(role, "escape", {**around, "folder": str(folder)})
+    return answer
+
+
+def test_nothing_gets_out_of_a_confined_worker(around: dict[str, Any], tmp_path: Path) -> None:
+    roles = {"basic": escape_role("basic"), "strict": escape_role("strict")}
+    with Pool(**roles, log_dir=tmp_path) as pool:
+        free = outcomes(pool, "basic", around, tmp_path / "free")
+        held = outcomes(pool, "strict", around, tmp_path / "held")
+        status = pool.status()
+    # The tries are sound: without a sandbox, they succeed.
+    assert {name for name in ORDINARY if free[name] != "succeeded"} == set()
+    assert status["basic"].sandbox == SandboxReport(level="basic")
+    # For want of a facility some fail in another way; what matters is that all do.
+    assert {name: how for name, how in held.items() if how == "succeeded"} == {}
+    assert {held[name] for name in ORDINARY} <= {"EACCES", "EPERM"}
+    assert status["strict"].sandbox == CONFINED
+    assert sorted(path.name for path in (tmp_path / "held").iterdir()) == ["remove", "rename"]
+
+
+def test_every_worker_starts_with_little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "secret")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    inherited = os.open(tmp_path, os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+    with Pool(basic=escape_role("basic"), confined=escape_role("confined")) as pool:
+        for role in ("basic", "confined"):
+            facts = pool.call(role, "facts")
+            assert "SOME_API_KEY" not in facts["environment"]
+            assert facts["environment"]["LC_ALL"] == "C.UTF-8"
+            assert str(tmp_path) not in facts["descriptors"]
+            assert facts["group"] == facts["pid"]
+            assert facts["core"] == (0, 0)
+            assert max(facts["files"]) <= 4096
+            # The heartbeat's too, which is older than the session.
+            assert len(facts["threads"]) > 1
+            assert {each["NoNewPrivs"] for each in facts["threads"]} == {"1"}
+            if role == "confined":
+                assert {each["Seccomp"] for each in facts["threads"]} == {"2"}
+    os.close(inherited)
+
+
+def test_a_confined_role_reads_what_it_may(tmp_path: Path) -> None:
+    for name in ("may", "may not"):
+        (tmp_path / name).write_text(name)
+    role = escape_role("confined", readable=[str(tmp_path / "may"), "smollm2"])
+    with Pool(role=role) as pool:
+        assert pool.call("role", "read", str(tmp_path / "may")) == "may"
+        assert pool.call("role", "read", str(tmp_path / "may not")) == "EACCES"
+
+
+@pytest.mark.parametrize("level", ["confined", "strict"])
+def test_the_built_in_roles_work_in_the_sandbox(
+    level: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not converted yet: that happens before the sandbox is entered.
+    monkeypatch.setenv("INFERPOOL_CACHE_DIR", str(tmp_path / "cache"))
+    chat, embed = ChatConfig("smollm2", sandbox=level), EmbedConfig("minilm", sandbox=level)
+    with Pool(chat=chat, embed=embed, log_dir=tmp_path) as pool:
+        assert pool.chat("Why do bees dance?", max_tokens=4).usage.completion_tokens == 4
+        assert pool.embed(["bees dance"]).shape == (1, 384)
+        assert [each.sandbox for each in pool.status().values()] == [CONFINED] * 2
+    assert "sandbox: confined" in (tmp_path / "worker-chat.log").read_text()
+
+
+def test_models_are_parsed_in_a_sandbox_unless_a_driver_needs_more() -> None:
+    def level(config: Any) -> str:
+        with Pool(chat=config) as pool:
+            return pool._core.supervisor("chat").spec.role.sandbox
+
+    assert level("smollm2") == "confined"
+    assert level(ChatConfig("smollm2", n_gpu_layers=-1)) == "basic"
+    assert level(ChatConfig("smollm2", n_gpu_layers=-1, sandbox="strict")) == "strict"
+
+
+def test_an_unknown_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="sandbox must be one of"):
+        ChatConfig("smollm2", sandbox="loose")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sandbox must be one of"):
+        escape_role("loose")
+
+
+@pytest.mark.parametrize(("call", "facility"), [("landlock", "Landlock"), ("seccomp", "seccomp")])
+def test_a_kernel_without_a_facility_is_said_and_strict_refuses(call: str, facility: str) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import faults\n"
+        "from inferpool import Pool, Role, WorkerStartError\n"
+        "from test_sandbox import escape_role\n"
+        f"faults.fail_system_calls(faults.{call.upper()}, 'ENOSYS')\n"
+        "with Pool(lax=escape_role('confined'), strict=escape_role('strict')) as pool:\n"
+        "    pool.call('lax', 'facts')\n"
+        "    report = pool.status()['lax'].sandbox\n"
+        "    print(report.level, *report.missing)\n"
+        "    try: pool.call('strict', 'facts')\n"
+        "    except WorkerStartError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, TESTS],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    report, refusal, *_ = done.stdout.splitlines()
+    assert report.startswith(f"partial {facility}: ")
+    assert f"SandboxIncomplete: {facility}: " in refusal
+
+
+class Replaced(Exception):
+    """Stands for the program that would run from here on."""
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Enter a sandbox in this process, as far as that can be undone."""
+    seen: dict[str, Any] = {}
+
+    def enter(missing: list[str], **settings: Any) -> Any:
+        def confine(*, readable: list[str], writable: list[str]) -> SimpleNamespace:
+            seen.update(readable=readable, writable=writable)
+            landlock = not any(each.startswith("Landlock") for each in missing)
+            seccomp = not any(each.startswith("seccomp") for each in missing)
+            return SimpleNamespace(files=landlock, calls=seccomp, missing=missing)
+
+        def execv(program: str, arguments: list[str]) -> None:
+            seen["command"] = arguments
+            raise Replaced
+
+        monkeypatch.setattr(sandbox, "restrain", lambda: None)
+        monkeypatch.setattr(sandbox, "confine", confine)
+        monkeypatch.setattr(os, "execv", execv)
+        arguments = WorkerArguments(
+            fds=[], host_pid=1, frame_limit=1, wait="park", sandbox=Sandbox(**settings)
+        )
+        return sandbox.enter_sandbox(arguments)
+
+    enter.seen = seen  # type: ignore[attr-defined]
+    return enter
+
+
+@pytest.mark.parametrize(
+    ("missing", "level"),
+    [([], "confined"), (["Landlock: x"], "partial"), (["Landlock: x", "seccomp: y"], "basic")],
+)
+def test_the_level_is_what_was_achieved(
+    entered: Any, missing: list[str], level: Any, tmp_path: Path
+) -> None:
+    log = str(tmp_path / "log")
+    report = entered(missing, level="confined", readable=["/some/model"], log_path=log)
+    assert report == SandboxReport(level=level, missing=missing)
+    assert {"/some/model", sys.prefix} <= set(entered.seen["readable"])
+    assert entered.seen["writable"] == [log]
+    if missing:
+        with pytest.raises(sandbox.SandboxIncomplete, match="; ".join(missing)):
+            entered(missing, level="strict")
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_worker_with_threads_starts_afresh_with_what_it_located(
+    entered: Any, monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    monkeypatch.setattr(sandbox, "_has_threads", lambda: threads)
+    path = str(resolve("smollm2"))
+    settings = {"level": "strict", "readable": ["smollm2"], "locate": "inferpool.models:readable"}
+    if not threads:
+        assert entered([], **settings) == CONFINED
+        assert path in entered.seen["readable"]
+        return
+    with pytest.raises(Replaced):
+        entered([], **settings)
+    again = msgspec.json.decode(entered.seen["command"][-1], type=WorkerArguments).sandbox
+    assert again.locate is None
+    assert again.readable == [path]
