@@ -203,8 +203,9 @@ def test_ctrl_c_ends_a_waiting_call(pool: Pool, busy: bool) -> None:
 
 def test_ctrl_c_at_a_terminal_does_not_reach_the_worker() -> None:
     script = (
-        "print(pool.call('echo', 'facts')['pid'], flush=True)\n"
-        "try: pool.call('echo', 'sleep', 30)\n"
+        "try:\n"
+        "    print(pool.call('echo', 'facts')['pid'], flush=True)\n"
+        "    pool.call('echo', 'sleep', 30)\n"
         "except KeyboardInterrupt: print(pool.ping() < 5, flush=True)\n"
     )
     with started_host(script) as (host, pid):
