@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,13 +14,14 @@ import pytest
 from engine_fakes import SETTINGS
 from llama_cpp import Llama
 
+from inferpool.engine.answer import collect
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
 from inferpool.engine.sampler import Sampler
 from inferpool.errors import InvalidRequest, ModelError
-from inferpool.messages import ChatMessage, ChatRequest, Sampling
+from inferpool.messages import ChatMessage, ChatRequest, Sampling, read
 
 PROMPT = "The colours of the rainbow are red, red, red, orange, red"
 
@@ -305,6 +307,57 @@ def test_what_llama_cpp_prints_about_a_grammar_still_reaches_the_log(
     with pytest.raises(InvalidRequest):
         draw(model, context, grammar="root ::= missing")
     assert "error parsing grammar" in capfd.readouterr().err
+
+
+def test_a_response_format_makes_json_of_that_form(model: Model) -> None:
+    engine = ChatEngine(model, **SETTINGS)
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "warm": {"type": "boolean"}},
+        "required": ["city", "warm"],
+    }
+    wanted = [
+        {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}},
+        {"type": "json_object"},
+    ]
+    for response_format in wanted:
+        for temperature in (0.0, 1.5):
+            asked = read(
+                {
+                    "messages": [{"role": "user", "content": "How is the weather in Rome?"}],
+                    "response_format": response_format,
+                    "temperature": temperature,
+                    "max_tokens": 96,
+                    "seed": 1,
+                },
+                ChatRequest,
+            )
+            result = collect(engine.stream(asked))
+            if result.finish_reason == "length":
+                assert response_format == {"type": "json_object"}, result.text
+                continue
+            answer = json.loads(result.text)
+            if response_format == wanted[0]:
+                assert {name: type(value) for name, value in answer.items()} == {
+                    "city": str,
+                    "warm": bool,
+                }
+            assert isinstance(answer, dict)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "text", "json_schema": {"schema": {}}}},
+        {"response_format": {"type": "text"}, "grammar": "root ::= [a-z]"},
+    ],
+    ids=str,
+)
+def test_contradictory_formats_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"json_schema|exclude each other"):
+        read(options, Sampling)
 
 
 # The options themselves

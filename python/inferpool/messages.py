@@ -21,10 +21,12 @@ __all__ = [
     "ChatResult",
     "EmbedRequest",
     "ErrorInfo",
+    "JsonSchema",
     "Logprobs",
     "Ready",
     "RerankRequest",
     "RerankResult",
+    "ResponseFormat",
     "Sampling",
     "Sandbox",
     "SandboxReport",
@@ -173,6 +175,26 @@ class RerankResult(msgspec.Struct, frozen=True, kw_only=True):
     """The model's score; higher is more relevant. Only its order is meaningful between models."""
 
 
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON schema as OpenAI wraps it; ``name``, ``description`` and ``strict`` are ignored."""
+
+    schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an answer must be: any text, any JSON object, or an instance of a JSON schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"response_format {self.type!r}: json_schema belongs to 'json_schema'")
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of an answer are chosen.
 
@@ -206,6 +228,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top_logprobs: int = 0
     stop: list[str] = []
     grammar: str | None = None
+    response_format: ResponseFormat | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -215,17 +238,23 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             # Written so that NaN fails too.
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be between {least} and {most}, not {value}")
+        if self.grammar is not None and self.response_format is not None:
+            raise ValueError("grammar and response_format exclude each other")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=True")
-        for token, bias in self.logit_bias.items():
-            if not (isinstance(token, int) or token.isdecimal()):
-                raise ValueError(f"logit_bias: {token!r} is no token id")
-            # Minus infinity bans a token.
-            if not bias < math.inf:
-                raise ValueError(f"logit_bias of token {token} must be a number, not {bias}")
+        _check_logit_bias(self.logit_bias)
         for name in ("stop", "dry_sequence_breakers"):
             if "" in getattr(self, name):
                 raise ValueError(f"{name} must not hold an empty string")
+
+
+def _check_logit_bias(logit_bias: dict[int | str, float]) -> None:
+    for token, bias in logit_bias.items():
+        if not (isinstance(token, int) or token.isdecimal()):
+            raise ValueError(f"logit_bias: {token!r} is no token id")
+        # Minus infinity bans a token.
+        if not bias < math.inf:
+            raise ValueError(f"logit_bias of token {token} must be a number, not {bias}")
 
 
 _SAMPLING_RANGES: dict[str, tuple[float, float]] = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inferpool.engine.backend import lib
+from inferpool.engine.backend import lib, native_errors
 from inferpool.engine.model import Model
 from inferpool.errors import InvalidRequest
 
@@ -55,12 +55,14 @@ class GrammarState:
         if grammar.gbnf.count("::=") > _MAX_RULES:
             raise InvalidRequest(f"grammar has more than {_MAX_RULES} rules")
         vocab = lib.llama_model_get_vocab(model.handle)
+        native_errors()
         with _native_stderr() as printed:
             handle = lib.llama_sampler_init_grammar(vocab, grammar.gbnf.encode(), b"root")
         if not handle:
             # "parse: error parsing grammar: expecting ')' at …", then the grammar itself.
             reason = b"".join(printed).decode("utf-8", "replace").strip().partition("\n")[0]
-            raise InvalidRequest(f"grammar can't be read: {reason or 'llama.cpp gives no reason'}")
+            reason = reason or native_errors() or "llama.cpp gives no reason"
+            raise InvalidRequest(f"grammar can't be read: {reason}")
         self._handle = handle
         # The one token that `allows` asks about.
         self._data = np.zeros(1, TOKEN_DATA)

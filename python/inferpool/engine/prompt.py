@@ -11,6 +11,7 @@ from inferpool.engine.answer import AnswerParser
 from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
 from inferpool.engine.sampler import Sampler
+from inferpool.engine.schema import GrammarBuilder
 from inferpool.engine.template import ChatTemplate
 from inferpool.errors import ContextLengthExceeded, ModelLoadError
 from inferpool.messages import ChatRequest
@@ -93,5 +94,16 @@ class PromptBuilder:
         budget = self.n_ctx - len(tokens)
         if request.max_tokens is not None:
             budget = min(budget, request.max_tokens)
-        grammar = None if request.grammar is None else Grammar(request.grammar)
-        return Prompt(self._model, request, tokens, budget, grammar)
+        return Prompt(self._model, request, tokens, budget, _grammar(request))
+
+
+def _grammar(request: ChatRequest) -> Grammar | None:
+    """What the answer must keep to by ``grammar`` or ``response_format``."""
+    if request.grammar is not None:
+        return Grammar(request.grammar)
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    builder = GrammarBuilder()
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
+    return Grammar(builder.gbnf(builder.schema(schema, "json_schema")))

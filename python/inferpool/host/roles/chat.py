@@ -31,6 +31,9 @@ class Sampling(TypedDict, total=False):
     """Texts that end the answer; they are not part of it."""
     grammar: str | None
     """GBNF that the answer must follow (``grammars/README.md`` of llama.cpp)."""
+    response_format: Mapping[str, Any] | None
+    """``{"type": "json_object"}``, or ``{"type": "json_schema", "json_schema": {"schema": ...}}``:
+    the answer is such JSON, unless it is cut by ``max_tokens``."""
     logprobs: bool
     """Tell how likely each token was, before any of the following acted."""
     top_logprobs: int

@@ -1,0 +1,409 @@
+"""JSON schemas to GBNF: whatever the grammar lets through is an instance of the schema.
+
+The converter of llama-cpp-python was no help: it drops the bounds of numbers, lets raw control
+characters into strings, and meets what it does not know with an assertion. Here a keyword that
+a grammar can't keep to is refused by name, and so is a schema without instances. Of the
+instances some are left out: properties come in the order of the schema, properties that it does
+not name never come beside those it does, and numbers have at most 16 digits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from inferpool.engine.ranges import integers, reals
+from inferpool.errors import InvalidRequest
+
+__all__ = ["GrammarBuilder", "literal"]
+
+_RULES = {
+    # As much white space as reads well, so that a model can't go on with it for ever.
+    "ws": r'" " | "\n" [ \t]{0,20} | ""',
+    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
+    "string": r'"\"" char* "\""',
+    "boolean": '"true" | "false"',
+    "null": '"null"',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+    "number": 'integer ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?',
+    "object": '"{" ws (pair ("," ws pair)* ws)? "}"',
+    "pair": 'string ":" ws value',
+    "array": '"[" ws (value ("," ws value)* ws)? "]"',
+    "value": "object | array | string | number | boolean | null",
+}
+_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+_DATE = '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | "1" [0-9] | "2" [0-8])'
+_TIME = '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? "Z"'
+# Every other format is an annotation, as the specification has it. Days stop where every month has
+# them.
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f'{_DATE} "T" {_TIME}',
+    "uuid": ' "-" '.join(f"[0-9a-fA-F]{{{n}}}" for n in (8, 4, 4, 4, 12)),
+}
+_UNSUPPORTED = (
+    "not", "if", "then", "else", "pattern", "patternProperties", "propertyNames", "contains",
+    "uniqueItems", "multipleOf", "minProperties", "maxProperties", "dependentRequired",
+    "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef",
+)  # fmt: skip
+# Which type a schema means that names none.
+_TELLING = {
+    "properties": "object", "required": "object", "additionalProperties": "object",
+    "items": "array", "prefixItems": "array", "minItems": "array", "maxItems": "array",
+    "minLength": "string", "maxLength": "string", "format": "string",
+    "minimum": "number", "maximum": "number",
+    "exclusiveMinimum": "number", "exclusiveMaximum": "number",
+}  # fmt: skip
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "$comment", "$defs", "definitions", "$schema"}
+)
+
+
+def literal(text: str) -> str:
+    """The GBNF of a fixed text."""
+    escaped = "".join(
+        character if character.isprintable() and character not in '"\\' else _escape(character)
+        for character in text
+    )
+    return f'"{escaped}"'
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\{character}" if character in '"\\' else f"\\U{code:08X}"
+
+
+class GrammarBuilder:
+    """Collects rules; each schema that is added becomes one of them."""
+
+    def __init__(self) -> None:
+        self._rules = dict(_RULES)
+        self._names: dict[str, str] = {}
+
+    def rule(self, body: str) -> str:
+        """Add a rule, or find the same one; returns its name."""
+        if body not in self._names:
+            self._names[body] = f"r{len(self._rules)}"
+            self._rules[self._names[body]] = body
+        return self._names[body]
+
+    def schema(self, schema: Any, what: str) -> str:
+        """Add the JSON texts that are instances of a schema; returns the name of their rule.
+
+        Args:
+            schema: a JSON schema, as a map or a boolean.
+            what: the schema's name in messages.
+
+        Raises:
+            InvalidRequest: the schema is none, asks for what a grammar can't keep to, or has no
+                instances; with the keyword and its place.
+        """
+        try:
+            return _Schema(self, schema, what).convert()
+        except InvalidRequest:
+            raise
+        except RecursionError:
+            raise InvalidRequest(f"{what} is nested too deeply, or refers to itself") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"{what} is no JSON schema: {error}") from error
+
+    def reserve(self) -> str:
+        """A name for a rule that is to be defined later."""
+        name = f"r{len(self._rules)}"
+        self._rules[name] = ""
+        return name
+
+    def define(self, name: str, body: str) -> None:
+        """Define a rule whose name was reserved."""
+        self._rules[name] = body
+
+    def gbnf(self, root: str) -> str:
+        """The whole grammar, whose answers are what ``root``, a rule's body, describes."""
+        rules = [f"{name} ::= {body}" for name, body in self._rules.items()]
+        return "\n".join([f"root ::= {root}", *rules])
+
+
+class _Schema:
+    """One schema on its way into a grammar."""
+
+    def __init__(self, builder: GrammarBuilder, schema: Any, what: str) -> None:
+        self._builder = builder
+        self._root = schema
+        self._what = what
+        self._references: dict[str, str] = {}
+
+    def convert(self) -> str:
+        return self._builder.rule(self._visit(self._root, "#"))
+
+    def _refuse(self, path: str, problem: str) -> InvalidRequest:
+        return InvalidRequest(f"{self._what} at {path}: {problem}")
+
+    def _visit(self, schema: Any, path: str) -> str:
+        """The body of a rule for the instances of ``schema``."""
+        if schema is True or (isinstance(schema, Mapping) and schema.keys() <= _ANNOTATIONS):
+            return "value"
+        if not isinstance(schema, Mapping):
+            problem = "nothing can be an instance" if schema is False else "a schema is a map"
+            raise self._refuse(path, problem)
+        for keyword in _UNSUPPORTED:
+            if schema.get(keyword):
+                raise self._refuse(path, f"a grammar can't keep to {keyword!r}")
+        for keyword in ("$ref", "allOf", "anyOf", "oneOf", "const", "enum"):
+            if keyword in schema:
+                body: str = getattr(self, f"_{keyword.lstrip('$').lower()}")(schema, path)
+                return body
+        types = self._types(schema, path)
+        bodies = [getattr(self, f"_{name}")(schema, path) for name in types]
+        return bodies[0] if len(bodies) == 1 else self._any(bodies)
+
+    def _any(self, bodies: Iterable[str]) -> str:
+        return " | ".join(self._builder.rule(body) for body in bodies)
+
+    def _types(self, schema: Mapping[str, Any], path: str) -> Sequence[str]:
+        given = schema.get("type")
+        if given is None:
+            told = [kind for keyword, kind in _TELLING.items() if keyword in schema]
+            return told[:1] or _TYPES
+        types = [given] if isinstance(given, str) else given
+        if not isinstance(types, list) or not types or not set(map(str, types)) <= set(_TYPES):
+            raise self._refuse(path, f"unknown type {given!r}")
+        return types
+
+    # One method per keyword that decides alone, named after it.
+
+    def _ref(self, schema: Mapping[str, Any], path: str) -> str:
+        others = schema.keys() - _ANNOTATIONS - {"$ref"}
+        if others:
+            merged = {key: value for key, value in schema.items() if key != "$ref"}
+            return self._visit({"allOf": [{"$ref": schema["$ref"]}, merged]}, path)
+        target = schema["$ref"]
+        if target not in self._references:
+            name = self._references[target] = self._builder.reserve()
+            self._builder.define(name, self._visit(self._resolve(target, path), str(target)))
+        return self._references[target]
+
+    def _allof(self, schema: Mapping[str, Any], path: str) -> str:
+        return self._visit(self._merged(schema, path), path)
+
+    def _anyof(self, schema: Mapping[str, Any], path: str) -> str:
+        return self._union(schema, "anyOf", path)
+
+    def _oneof(self, schema: Mapping[str, Any], path: str) -> str:
+        return self._union(schema, "oneOf", path)
+
+    def _const(self, schema: Mapping[str, Any], path: str) -> str:
+        return self._choice([schema["const"]], schema, path)
+
+    def _enum(self, schema: Mapping[str, Any], path: str) -> str:
+        return self._choice(schema["enum"], schema, path)
+
+    def _resolve(self, target: Any, path: str) -> Any:
+        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
+            raise self._refuse(path, f"$ref {target!r} is not within the schema")
+        found = self._root
+        for part in target.split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            try:
+                found = found[int(key) if isinstance(found, list) else key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise self._refuse(path, f"$ref {target!r} leads nowhere") from None
+        return found
+
+    def _union(self, schema: Mapping[str, Any], keyword: str, path: str) -> str:
+        others = {k: v for k, v in schema.items() if k != keyword and k not in _ANNOTATIONS}
+        options = self._list(schema, keyword, path)
+        return self._any(
+            self._visit({"allOf": [option, others]} if others else option, f"{path}/{keyword}/{i}")
+            for i, option in enumerate(options)
+        )
+
+    def _list(self, schema: Mapping[str, Any], keyword: str, path: str) -> list[Any]:
+        items = schema[keyword]
+        if not isinstance(items, list) or not items:
+            raise self._refuse(path, f"{keyword} must be a list with something in it")
+        return items
+
+    def _merged(self, schema: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """The one schema that stands for all of ``allOf``."""
+        merged = {k: v for k, v in schema.items() if k != "allOf"}
+        for part in self._list(schema, "allOf", path):
+            while isinstance(part, Mapping) and part.keys() - _ANNOTATIONS == {"$ref"}:
+                part = self._resolve(part["$ref"], path)  # noqa: PLW2901
+            if part is True:
+                continue
+            if not isinstance(part, Mapping):
+                raise self._refuse(path, "allOf holds what is no schema, or has no instances")
+            if "allOf" in part:
+                part = self._merged(part, path)  # noqa: PLW2901
+            for key, value in part.items():
+                if key in merged and key not in _ANNOTATIONS:
+                    merged[key] = self._both(key, merged[key], value, path)
+                else:
+                    merged[key] = value
+        return merged
+
+    def _both(self, key: str, one: Any, other: Any, path: str) -> Any:
+        """What a keyword must be for two schemas to hold together."""
+        if one == other:
+            return one
+        if key == "properties":
+            return {
+                **one,
+                **{
+                    name: {"allOf": [one[name], schema]} if name in one else schema
+                    for name, schema in other.items()
+                },
+            }
+        if key == "required":
+            return [*one, *other]
+        if key in {"minimum", "exclusiveMinimum", "minLength", "minItems"}:
+            return max(one, other)
+        if key in {"maximum", "exclusiveMaximum", "maxLength", "maxItems"}:
+            return min(one, other)
+        if key in {"type", "enum"}:
+            ones, others = ([x] if isinstance(x, str) else x for x in (one, other))
+            both = [item for item in ones if item in others]
+            if not both:
+                raise self._refuse(path, f"no {key} is in both {one} and {other}")
+            return both
+        raise self._refuse(path, f"{key!r} in several parts of allOf is not supported")
+
+    def _choice(self, values: Any, schema: Mapping[str, Any], path: str) -> str:
+        if not isinstance(values, list) or not values:
+            raise self._refuse(path, "enum must be a list with something in it")
+        if "type" in schema:
+            types = self._types(schema, path)
+            values = [value for value in values if any(_is(value, name) for name in types)]
+            if not values:
+                raise self._refuse(path, f"no value has the type {schema['type']!r}")
+        return " | ".join(literal(json.dumps(value, ensure_ascii=False)) for value in values)
+
+    # One method per type, named after it.
+
+    def _object(self, schema: Mapping[str, Any], path: str) -> str:
+        properties = schema.get("properties", {})
+        required = schema.get("required", [])
+        additional = schema.get("additionalProperties", True)
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise self._refuse(path, "properties must be a map and required a list")
+        undeclared = [name for name in required if name not in properties]
+        if undeclared and additional is False:
+            raise self._refuse(path, f"{undeclared[0]!r} is required and not allowed")
+        everything = {**properties, **dict.fromkeys(undeclared, additional)}
+        if not everything:
+            if additional is False:
+                return '"{" ws "}"'
+            value = self._builder.rule(self._visit(additional, f"{path}/additionalProperties"))
+            pair = self._builder.rule(f'string ":" ws {value}')
+            return f'"{{" ws ({pair} ("," ws {pair})* ws)? "}}"'
+        pairs = []
+        for name, each in everything.items():
+            value = self._builder.rule(self._visit(each, f"{path}/properties/{name}"))
+            key = literal(json.dumps(name, ensure_ascii=False))
+            pairs.append((self._builder.rule(f'{key} ":" ws {value}'), name in required))
+        return f'"{{" ws {self._pairs(pairs)} ws "}}"'
+
+    def _pairs(self, pairs: Sequence[tuple[str, bool]]) -> str:
+        """Pairs in order, the optional ones there or not, with commas between them."""
+        first = later = '""'  # what may follow, if nothing, or something, came before
+        for pair, is_required in reversed(pairs):
+            with_comma = self._builder.rule(f'"," ws {pair} {later}')
+            without = self._builder.rule(f"{pair} {later}")
+            if is_required:
+                first, later = without, with_comma
+            else:
+                first = self._builder.rule(f"{without} | {first}")
+                later = self._builder.rule(f"{with_comma} | {later}")
+        return first
+
+    def _array(self, schema: Mapping[str, Any], path: str) -> str:
+        prefix = schema.get("prefixItems", [])
+        items = schema.get("items", True)
+        if isinstance(items, list):  # how prefixItems was written before 2020
+            prefix, items = items, schema.get("additionalItems", True)
+        least, most = self._bounds(schema, "Items", path)
+        if prefix:
+            least = max(least, len(prefix) if most is None else min(most, len(prefix)))
+            if items is False and least > len(prefix):
+                raise self._refuse(path, f"minItems is above the {len(prefix)} items allowed")
+            fixed = [
+                self._builder.rule(self._visit(item, f"{path}/prefixItems/{i}"))
+                for i, item in enumerate(prefix[:least])
+            ]
+            extra = least - len(fixed)
+            if extra:
+                fixed += [self._builder.rule(self._visit(items, f"{path}/items"))] * extra
+            return '"[" ws ' + ' "," ws '.join(fixed) + ' ws "]"'
+        if items is False or most == 0:
+            if least:
+                raise self._refuse(path, "minItems asks for items and none is allowed")
+            return '"[" ws "]"'
+        item = self._builder.rule(self._visit(items, f"{path}/items"))
+        times = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
+        body = f'{item} ("," ws {item}){times} ws'
+        return f'"[" ws {body} "]"' if least else f'"[" ws ({body})? "]"'
+
+    def _string(self, schema: Mapping[str, Any], path: str) -> str:
+        least, most = self._bounds(schema, "Length", path)
+        if (form := _FORMATS.get(schema.get("format", ""))) is not None:
+            if least or most is not None:
+                raise self._refuse(path, "a grammar can't keep to a format and a length")
+            return rf'"\"" {form} "\""'
+        if not least and most is None:
+            return "string"
+        return rf'"\"" char{{{least},{"" if most is None else most}}} "\""'
+
+    def _bounds(self, schema: Mapping[str, Any], of: str, path: str) -> tuple[int, int | None]:
+        least, most = schema.get(f"min{of}", 0), schema.get(f"max{of}")
+        for value in (least, most):
+            if value is not None and (not _is(value, "integer") or value < 0):
+                raise self._refuse(path, f"min{of} and max{of} must be whole numbers")
+        if most is not None and least > most:
+            raise self._refuse(path, f"min{of} {least} is above max{of} {most}")
+        return least, most
+
+    def _integer(self, schema: Mapping[str, Any], path: str) -> str:
+        return self._number(schema, path, whole=True)
+
+    def _number(self, schema: Mapping[str, Any], path: str, *, whole: bool = False) -> str:
+        low, high = -math.inf, math.inf
+        strict = [False, False]
+        for place, keyword in enumerate(("minimum", "maximum")):
+            for name in (keyword, f"exclusive{keyword.capitalize()}"):
+                bound = schema.get(name)
+                if bound is None or bound is False:
+                    continue
+                if not _is(bound, "number") or not math.isfinite(bound):
+                    raise self._refuse(path, f"{name} must be a number, not {bound!r}")
+                low, high = (bound, high) if place == 0 else (low, bound)
+                strict[place] = name != keyword
+        if (low, high) == (-math.inf, math.inf):
+            return "integer" if whole else "number"
+        body = integers(low, high, *strict) if whole else reals(low, high, *strict)
+        if not body:
+            raise self._refuse(path, f"a grammar finds no number between {low} and {high}")
+        return body
+
+    def _boolean(self, _schema: Mapping[str, Any], _path: str) -> str:
+        return "boolean"
+
+    def _null(self, _schema: Mapping[str, Any], _path: str) -> str:
+        return "null"
+
+
+def _is(value: Any, name: str) -> bool:
+    if name != "boolean" and isinstance(value, bool):
+        return False
+    return isinstance(value, _PYTHON_TYPES[name])

@@ -1,0 +1,228 @@
+"""JSON schemas to grammars: what they let through, and which are refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferpool.engine.grammar import Grammar, GrammarState
+from inferpool.engine.model import Model
+from inferpool.engine.ranges import integers, reals
+from inferpool.engine.schema import GrammarBuilder, literal
+from inferpool.errors import InvalidRequest
+
+
+def gbnf(schema: Any) -> str:
+    builder = GrammarBuilder()
+    return builder.gbnf(builder.schema(schema, "schema"))
+
+
+def accepts(model: Model, grammar: str, text: str) -> bool:
+    """Whether a grammar lets a text through, by llama.cpp, to its end."""
+    state = GrammarState(Grammar(grammar), model)
+    try:
+        for token in model.tokenize(text, add_special=False, parse_special=False).tolist():
+            if not state.allows(token):
+                return False
+            state.accept(token)
+        [end] = model.tokenize("<|im_end|>", add_special=False, parse_special=True).tolist()
+        return state.allows(end)
+    finally:
+        state.close()
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["a", 'b"c', None, 3]}, "maxItems": 2},
+        "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+    },
+    "required": ["name", "next"],
+    "additionalProperties": False,
+}
+
+CASES: list[tuple[Any, list[Any], list[Any]]] = [
+    (
+        PERSON,
+        [
+            {"name": "Ann", "next": None},
+            {"name": "Ann", "age": 130, "tags": ["a", 'b"c'], "next": None},
+            {"name": "é漢🐝", "tags": [None, 3], "next": {"name": "Bob", "next": None}},
+            {"name": "Ann", "tags": [], "next": None},
+        ],
+        [
+            {"name": "Ann"},
+            {"name": "", "next": None},
+            {"name": "Annabel", "next": None},
+            {"name": "Ann", "age": 131, "next": None},
+            {"name": "Ann", "age": -1, "next": None},
+            {"name": "Ann", "tags": ["a", "a", "a"], "next": None},
+            {"name": "Ann", "tags": ["c"], "next": None},
+            {"name": "Ann", "next": {"name": "Bob"}},
+            {"name": "Ann", "next": None, "more": 1},
+            [],
+        ],
+    ),
+    ({}, [{"a": [1, -2.5e10, "x\n", True, None]}, "é", 0], []),
+    ({"type": "object"}, [{}, {"a": {"b": []}}], [[], 1]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, [{"a": 1}], [{"a": "b"}]),
+    ({"type": ["string", "null"]}, ["x", None], [1]),
+    ({"const": "a\n\"é"}, ["a\n\"é"], ["a", None]),
+    ({"type": "integer", "enum": [1, "x", 2]}, [1, 2], ["x", 3]),
+    ({"prefixItems": [{"type": "integer"}, {"type": "string"}]}, [[1, "a"]], [[1], ["a", 1]]),
+    ({"items": {"type": "integer"}, "minItems": 2}, [[1, 2], [1, 2, 3]], [[], [1]]),
+    ({"oneOf": [{"type": "integer"}, {"const": "x"}]}, [5, "x"], ["y", 1.5]),
+    (
+        {
+            "allOf": [
+                {"$ref": "#/$defs/a"},
+                {"properties": {"y": {"type": "integer"}}, "required": ["y"]},
+            ],
+            "$defs": {"a": {"properties": {"x": {"type": "null"}}, "required": ["x"]}},
+        },
+        [{"x": None, "y": 1}],
+        [{"x": None}, {"y": 1}],
+    ),
+    ({"type": "string", "format": "date"}, ["2024-02-28"], ["2024-13-01", "yesterday"]),
+    ({"type": "string", "format": "date-time"}, ["2024-02-28T23:59:59.5Z"], ["2024-02-28"]),
+    (
+        {"type": "string", "format": "uuid"},
+        ["123e4567-e89b-12d3-a456-426614174000"],
+        ["123e4567"],
+    ),
+    ({"type": "string", "format": "email"}, ["whatever"], [1]),
+    ({"type": "number", "minimum": 0, "maximum": 1}, [0, 1, 0.5, 0.25], [-0.5, 1.5, 2]),
+    ({"type": "number", "exclusiveMinimum": 0}, [1, 0.5, 12.75], [0, -1, -0.5]),
+    ({"description": "anything", "title": "t"}, [1, "x", None], []),
+    (True, [1, []], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: json.dumps(case[0])[:40])
+def test_a_grammar_lets_instances_through_and_nothing_else(model: Model, case: Any) -> None:
+    schema, instances, others = case
+    grammar = gbnf(schema)
+    for value in instances:
+        for text in (
+            json.dumps(value, ensure_ascii=False),
+            json.dumps(value, ensure_ascii=False, separators=(",", ":")),
+        ):
+            assert accepts(model, grammar, text), text
+    for value in others:
+        assert not accepts(model, grammar, json.dumps(value, ensure_ascii=False)), value
+
+
+@pytest.mark.parametrize("text", ['{"a": 1', '"\n"', "01", "1.", '{"a": 1}}', "nul", '"\\x"'])
+def test_what_is_no_json_never_comes(model: Model, text: str) -> None:
+    assert not accepts(model, gbnf({}), text)
+
+
+def pattern(body: str) -> re.Pattern[str]:
+    """The regular expression that a rule of `inferpool.engine.ranges` is."""
+    return re.compile(re.sub(r'"(.*?)"| ', lambda found: re.escape(found[1] or ""), body))
+
+
+bounds = st.integers(-12_345, 12_345)
+
+
+@given(bounds, st.integers(0, 3000), st.booleans(), st.booleans())
+def test_integers_are_exactly_those_between(low: int, span: int, above: bool, below: bool) -> None:
+    high = low + span
+    body = integers(low, high, above, below)
+    expected = set(range(low + above, high - below + 1))
+    assert bool(body) == bool(expected)
+    if body:
+        matches = pattern(body)
+        near = range(low - 50, high + 51)
+        assert {n for n in near if matches.fullmatch(str(n))} == expected
+        assert not matches.fullmatch("007")
+
+
+@given(st.floats(-500, 500), st.floats(0, 300), st.booleans(), st.integers(0, 2**32))
+def test_reals_are_between_the_bounds(low: float, span: float, strict: bool, seed: int) -> None:
+    high = low + span
+    body = reals(low, high, strict, strict)
+    drawn = random.Random(seed)
+    for _ in range(50):
+        number = round(drawn.uniform(low - 2, high + 2), drawn.randrange(4))
+        if body and pattern(body).fullmatch(f"{number:.6g}"):
+            assert (low < number < high) if strict else (low <= number <= high)
+    if span > 2:
+        whole = int(low + 1.5)
+        assert pattern(body).fullmatch(str(whole))
+
+
+@pytest.mark.parametrize(
+    ("bound", "value"), [({"minimum": 7}, 10**14), ({"maximum": -7}, -(10**14))]
+)
+def test_a_range_may_be_open(model: Model, bound: dict[str, int], value: int) -> None:
+    grammar = gbnf({"type": "integer", **bound})
+    assert accepts(model, grammar, str(value))
+    assert not accepts(model, grammar, "0")
+
+
+@given(st.text())
+def test_a_literal_is_readable(text: str) -> None:
+    body = literal(text)[1:-1]
+    unescaped = re.sub(
+        r"\\(?:U([0-9A-F]{8})|(.))", lambda m: chr(int(m[1], 16)) if m[1] else m[2], body
+    )
+    assert unescaped == text
+    assert body.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        (False, "nothing can be an instance"),
+        ("object", "a schema is a map"),
+        ({"type": "animal"}, "unknown type 'animal'"),
+        ({"type": []}, "unknown type"),
+        ({"properties": {"a": {"multipleOf": 3}}}, "#/properties/a: a grammar can't keep to 'mul"),
+        ({"not": {"type": "null"}}, "'not'"),
+        ({"type": "string", "pattern": "^a$"}, "'pattern'"),
+        ({"$ref": "http://example.com/x"}, "not within the schema"),
+        ({"$ref": "#/$defs/missing"}, "leads nowhere"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, "minLength 5 is above maxLength 4"),
+        ({"type": "array", "minItems": 2, "maxItems": 1}, "minItems 2 is above"),
+        ({"type": "array", "minItems": 1, "items": False}, "none is allowed"),
+        ({"prefixItems": [{}], "items": False, "minItems": 2}, "above the 1 items"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "no number between 5 and 4"),
+        ({"type": "integer", "minimum": "5"}, "minimum must be a number"),
+        ({"type": "number", "minimum": 0.2, "maximum": 0.3}, "no number between"),
+        ({"enum": []}, "enum"),
+        ({"type": "string", "enum": [1]}, "no value has the type"),
+        ({"type": "string", "const": 1}, "no value has the type"),
+        ({"anyOf": []}, "anyOf"),
+        ({"allOf": [{"type": "string"}, {"type": "null"}]}, "no type is in both"),
+        ({"allOf": [False]}, "no instances"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is required"),
+        ({"type": "object", "properties": []}, "properties must be a map"),
+        ({"allOf": [{"minimum": 1}, {"minimum": "x"}]}, "no JSON schema"),
+        ({"type": "string", "minLength": -1}, "whole numbers"),
+        ({"type": "string", "format": "date", "maxLength": 3}, "a format and a length"),
+    ],
+    ids=str,
+)
+def test_a_schema_that_cannot_be_met_is_refused_with_the_reason(schema: Any, problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(problem)):
+        gbnf(schema)
+
+
+def test_depth_and_loops_are_refused(model: Model) -> None:
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        gbnf(deep)
+    for loop in ({"$ref": "#"}, {"anyOf": [{"$ref": "#"}]}):
+        with pytest.raises(InvalidRequest, match="recursion"):
+            GrammarState(Grammar(gbnf(loop)), model)
