@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["SETTINGS", "CountdownAbort", "FakeReply"]
+from inferpool.engine.chat import ChatEngine
+from inferpool.messages import ChatDelta, ChatRequest
+
+__all__ = ["SETTINGS", "CountdownAbort", "FakeCaller", "FakeReply", "stream", "tokens"]
 
 # One thread: two of them, waiting for each other on busy cores, take many times as long.
 SETTINGS: dict[str, Any] = {"n_ctx": 1024, "n_batch": 64, "n_threads": 1, "flash_attn": True}
@@ -73,6 +77,10 @@ class FakeReply:
         self.outcome: Any = None
         self.full = 0
 
+    @property
+    def cancelled(self) -> bool:
+        return self.abort.is_set()
+
     def send(self, kind: str, payload: Any) -> None:
         self.sent.append((kind, payload))
 
@@ -93,3 +101,75 @@ class FakeReply:
     def fail(self, error: BaseException) -> None:
         assert self.outcome == "deferred", "a call ends once"
         self.outcome = error
+
+
+class FakeCaller:
+    """Keeps what the scheduler tells it.
+
+    Attributes:
+        deltas: what it has taken.
+        room: pieces that it takes before it is behind; None for no end.
+        outcome: how the answer ended: "end", an error, or None while it has not.
+    """
+
+    def __init__(self, abort: CountdownAbort | None = None) -> None:
+        self.abort = abort or CountdownAbort()
+        self.deltas: list[ChatDelta] = []
+        self.room: int | None = None
+        self.gone = False
+        self.outcome: str | BaseException | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        return self.gone or self.abort.is_set()
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    def tell(self, delta: ChatDelta) -> bool:
+        if self.room is not None:
+            if not self.room:
+                return False
+            self.room -= 1
+        self.deltas.append(delta)
+        return True
+
+    def end(self) -> None:
+        assert self.outcome is None
+        self.outcome = "end"
+
+    def fail(self, error: BaseException) -> None:
+        assert self.outcome is None
+        self.outcome = error
+
+
+def tokens(engine: ChatEngine, request: ChatRequest, n: int) -> list[int]:
+    """The first ``n`` tokens of an answer that has at least one more."""
+    caller = FakeCaller()
+    engine.submit(request, caller)
+    engine.step()
+    [answer] = engine._scheduler._active
+    while len(answer.tokens) < n:
+        engine.step()
+    caller.gone = True
+    engine.step()
+    return answer.tokens[:n]
+
+
+def stream(
+    engine: ChatEngine, request: ChatRequest, abort: CountdownAbort | None = None
+) -> Iterator[ChatDelta]:
+    """The pieces of one answer; dropping the iterator cancels it."""
+    caller = FakeCaller(abort)
+    engine.submit(request, caller)
+    try:
+        while caller.outcome is None:
+            engine.step()
+            yield from caller.deltas
+            caller.deltas.clear()
+    finally:
+        caller.gone = True
+        engine.step()
+    if isinstance(caller.outcome, BaseException):
+        raise caller.outcome

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_fakes import SETTINGS
+from engine_fakes import tokens as first_tokens
 from llama_cpp import Llama
 
 from inferpool.engine.answer import collect
@@ -89,8 +90,7 @@ def test_a_seed_gives_the_tokens_of_the_reference(
     engine = ChatEngine(model, **SETTINGS)
     asked = ChatRequest(messages=[ChatMessage("user", "Tell me a story.")], seed=42, **options)
     prompt = engine._prompts.build(asked)
-    with closing(prompt.sampler()) as sampler:
-        ours = list(islice(engine._generate(prompt, sampler, None), 24))
+    ours = first_tokens(engine, asked, 24)
     engine.close()
     names = {"temperature": "temp", "mirostat": "mirostat_mode"}
     given = {names.get(name, name): value for name, value in options.items()}

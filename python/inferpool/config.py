@@ -40,6 +40,8 @@ can take them away. ``"strict"``: all of that, or the worker does not start.
 # Above any real model's context (the largest known claims 10 Mi tokens). llama.cpp sets up
 # bookkeeping for whatever number it is given, before it finds that memory is short.
 MAX_CONTEXT_LENGTH = 1 << 24
+# LLAMA_MAX_SEQ.
+MAX_SEQUENCES = 256
 # GGML_MAX_N_THREADS: ggml aborts above it.
 _MAX_THREADS = 512
 
@@ -92,7 +94,7 @@ class EmbedConfig(_LlamaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
-        _check_range("n_seq_max", self.n_seq_max, 1, 256)  # LLAMA_MAX_SEQ
+        _check_range("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class RerankConfig(_LlamaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
-        _check_range("n_seq_max", self.n_seq_max, 1, 256)  # LLAMA_MAX_SEQ
+        _check_range("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES)
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,21 @@ class ChatConfig(_LlamaConfig):
 
     model: str
     """A known name (``"smollm2"``) or a path to a GGUF file."""
-    n_ctx: int = 0
-    """Context length in tokens; 0 takes the length the model was trained with."""
+    n_ctx: int | None = None
+    """Tokens that one conversation may have; 0 takes the length the model was trained with,
+    None does so up to 4096."""
+    n_parallel: int = 4
+    """Conversations answered at once; others wait. Each takes memory for ``n_ctx`` tokens."""
     n_batch: int = 512
-    """Tokens of a prompt decoded together at most."""
+    """Tokens of prompts decoded together at most."""
     chat_template: str | None = None
     """A jinja template to use in place of the model's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
+        if self.n_ctx is not None:
+            _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
+        _check_range("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
 
 

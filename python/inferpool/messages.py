@@ -226,6 +226,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     logit_bias: dict[int | str, float] = {}
     logprobs: bool = False
     top_logprobs: int = 0
+    cache_prompt: bool | None = None
     stop: list[str] = []
     grammar: str | None = None
     response_format: ResponseFormat | None = None

@@ -6,10 +6,13 @@
     model       a loaded GGUF: weights, vocabulary, metadata
     context     what computes: one batch of tokens at a time, interruptible
     packing     sequences -> pooled rows    chat       messages -> streamed text
-    embedder    texts -> vectors            template   messages -> prompt
+    embedder    texts -> vectors            prompt     a request -> tokens, how to answer
+    prefixes    model -> what it wants      template   messages -> text of a prompt
+                before a text               scheduler  many prompts -> tokens of answers
     reranker    pairs -> scores             sampler    logits -> token
-    prefixes    model -> what it wants in front of a query or document
-    pairs       query, document -> tokens   text       token bytes -> whole characters
+    pairs       query, document -> tokens   grammar    GBNF -> which tokens may follow
+                                            answer     tokens -> pieces of an answer
+                                            text       token bytes -> whole characters
     minilm      safetensors -> GGUF
 
 Nothing here knows about processes, channels or frames; the roles do.

@@ -38,6 +38,7 @@ _REQUIRED = {
     "llama_init_from_model": 2,
     "llama_log_set": 2,
     "llama_memory_clear": 2,
+    "llama_memory_seq_cp": 5,
     "llama_memory_seq_rm": 4,
     "llama_model_chat_template": 2,
     "llama_model_cls_label": 2,

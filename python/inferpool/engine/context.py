@@ -86,6 +86,7 @@ class Context:
 
     Attributes:
         n_batch: tokens per decode at most.
+        n_seq_max: sequences in memory at most.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Context:
         n_ctx: int,
         n_batch: int,
         n_seq_max: int = 1,
+        kv_unified: bool = True,
         n_threads: int | None = None,
         flash_attn: bool = True,
         embeddings: bool = False,
@@ -106,6 +108,8 @@ class Context:
             n_ctx: tokens in memory at most, over all sequences.
             n_batch: tokens per decode at most.
             n_seq_max: sequences in memory at most.
+            kv_unified: whether the sequences share one memory; otherwise each has its own,
+                of an equal part of ``n_ctx``, and attention keeps to that.
             n_threads: None takes the CPUs this process may run on.
             flash_attn: whether to use flash attention.
             embeddings: whether pooled vectors will be read instead of logits.
@@ -120,7 +124,7 @@ class Context:
         # sequence in one, and an aborted decode leaves nothing half done.
         params.n_ubatch = n_batch
         params.n_seq_max = n_seq_max
-        params.kv_unified = True
+        params.kv_unified = kv_unified
         params.n_threads = params.n_threads_batch = n_threads or len(os.sched_getaffinity(0))
         params.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -137,6 +141,7 @@ class Context:
         self._abort: AbortToken | None = None
         self.n_batch: int = lib.llama_n_batch(self._handle)
         self._n_vocab = model.n_vocab
+        self.n_seq_max = n_seq_max
 
     @property
     def has_memory(self) -> bool:
@@ -212,7 +217,14 @@ class Context:
             # The cells are only marked free: their old contents can't be reached.
             lib.llama_memory_clear(lib.llama_get_memory(self.handle), False)
 
-    def truncate(self, length: int) -> bool:
-        """Keep the first ``length`` tokens of sequence 0; False if the model can't do that."""
+    def truncate(self, sequence: int, length: int) -> bool:
+        """Keep the first ``length`` tokens of a sequence; False if the model can't do that."""
         memory = lib.llama_get_memory(self.handle)
-        return bool(lib.llama_memory_seq_rm(memory, 0, length, -1))
+        return bool(lib.llama_memory_seq_rm(memory, sequence, length, -1))
+
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let sequence ``target`` hold what ``source`` does, and nothing else."""
+        memory = lib.llama_get_memory(self.handle)
+        lib.llama_memory_seq_rm(memory, target, -1, -1)
+        # Between separate memories llama.cpp copies whole sequences only.
+        lib.llama_memory_seq_cp(memory, source, target, -1, -1)

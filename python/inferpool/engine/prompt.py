@@ -32,6 +32,13 @@ class Prompt:
     grammar: Grammar | None
     """What the answer must keep to."""
 
+    @property
+    def may_reuse(self) -> bool:
+        """Whether its beginning may be taken from memory instead of being computed again."""
+        request = self.request
+        # Tokens come out rounded differently in other chunks, which a seed should not let show.
+        return request.seed is None if request.cache_prompt is None else request.cache_prompt
+
     def sampler(self) -> Sampler:
         """What draws the tokens of one answer; the caller closes it."""
         return Sampler(self.request, self.model, self.grammar)

@@ -82,6 +82,9 @@ class Sampling(TypedDict, total=False):
     """How fast. Default 0.1."""
     seed: int | None
     """The same seed and request give the same answer."""
+    cache_prompt: bool | None
+    """Whether to go on from what an earlier prompt left in memory, which saves most of a prompt's
+    time and may change the rounding, and so now and then a token. None: unless a seed is given."""
 
 
 class ChatOptions(Sampling, total=False):

@@ -1,0 +1,351 @@
+"""Continuous batching: many answers from one context, a step at a time.
+
+A step decodes the next token of every answer that has begun, then a chunk of the prompts that
+have not been read to their end, shared out among them. So nobody's answer stands still for longer
+than a chunk takes, and a short prompt does not wait for a long one.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.context import Batch, Context
+from inferpool.engine.prompt import Prompt
+from inferpool.errors import CallCancelled, InferpoolError
+from inferpool.messages import ChatDelta, FinishReason, Timings, Usage
+
+__all__ = ["Caller", "Scheduler"]
+
+# Tokens of prompts that one step decodes at most while answers wait for their next token.
+_SHARED_CHUNK = 128
+# A common beginning that is shorter is computed again: it takes little time, and the result does
+# not depend on earlier calls, since llama.cpp rounds a token differently in another chunk.
+_LEAST_REUSE = 64
+# How often a reader that is behind is looked after.
+_RETRY_SECONDS = 0.02
+
+
+class Caller(Protocol):
+    """Whoever asked for an answer."""
+
+    @property
+    def abort(self) -> AbortToken:
+        """Set when the answer should stop."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+
+    def tell(self, delta: ChatDelta) -> bool:
+        """Take the next piece; false if that must be tried again later with the same one."""
+
+    def end(self) -> None:
+        """Take note that the answer is complete, or that nobody wants the rest."""
+
+    def fail(self, error: BaseException) -> None:
+        """Take note that there is no answer, or no more of it."""
+
+
+class _Slot:
+    """A sequence of the context's memory.
+
+    Attributes:
+        id: its number.
+        tokens: what is in it, in order.
+        free: whether no answer uses it.
+        used: when it was last taken, as a count.
+    """
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        self.tokens: list[int] = []
+        self.free = True
+        self.used = 0
+
+
+class _Answer:
+    """An answer from its request to its last piece.
+
+    Attributes:
+        tokens: the answer's tokens so far. The last one is not in memory yet.
+        untold: pieces that the caller has not taken yet.
+        slot: where its memory is, once it has its turn.
+    """
+
+    def __init__(self, prompt: Prompt, caller: Caller) -> None:
+        self.prompt = prompt
+        self.caller = caller
+        self.sampler = prompt.sampler()
+        self.parser = prompt.parser()
+        self.slot = _Slot(-1)
+        self.tokens: list[int] = []
+        self.untold: deque[ChatDelta] = deque()
+        self.started = self.first = self.last = time.perf_counter()
+
+    @property
+    def n_unread(self) -> int:
+        """Tokens of the prompt that are not in memory yet."""
+        return max(0, len(self.prompt.tokens) - len(self.slot.tokens))
+
+    def add(self, token: int) -> bool:
+        """Take the token that the sampler drew; whether the answer goes on."""
+        self.last = time.perf_counter()
+        if not self.tokens:
+            self.first = self.last
+        if self.prompt.model.is_eog(token):
+            return self._finish("stop")
+        self.tokens.append(token)
+        delta = self.parser.push(self.prompt.piece(token), self.sampler.logprob)
+        if delta is not None:
+            self.untold.append(delta)
+        if self.parser.stopped:
+            return self._finish("stop")
+        if len(self.tokens) == self.prompt.budget:
+            return self._finish("length")
+        return True
+
+    def _finish(self, reason: FinishReason) -> bool:
+        n_prompt, n_completion = len(self.prompt.tokens), len(self.tokens)
+        last = msgspec.structs.replace(
+            self.parser.finish(reason),
+            usage=Usage(
+                prompt_tokens=n_prompt,
+                completion_tokens=n_completion,
+                total_tokens=n_prompt + n_completion,
+            ),
+            timings=Timings(
+                prompt_seconds=self.first - self.started,
+                completion_seconds=self.last - self.first,
+            ),
+        )
+        self.untold.append(last)
+        return False
+
+    def tell(self) -> bool:
+        """Hand out what is new; false if the caller is behind."""
+        while self.untold:
+            if not self.caller.tell(self.untold[0]):
+                return False
+            self.untold.popleft()
+        return True
+
+
+class Scheduler:
+    """Shares one context among the answers that have been asked for."""
+
+    def __init__(self, context: Context, *, abort: AbortToken | None = None) -> None:
+        """Schedule for ``context``, which stays the caller's to close.
+
+        Args:
+            context: memory for as many answers at once as it has sequences.
+            abort: ends a step early when the worker shuts down.
+        """
+        self._context = context
+        self._abort = abort
+        self._batch = Batch(context.n_batch)
+        self._slots = [_Slot(id) for id in range(context.n_seq_max)]
+        self._n_admitted = 0
+        self._waiting: deque[_Answer] = deque()
+        self._active: list[_Answer] = []
+        self._untold: list[_Answer] = []  # complete, but for callers that are behind
+
+    def submit(self, prompt: Prompt, caller: Caller) -> None:
+        """Ask for the answer to ``prompt``; ``caller`` gets it while steps are made.
+
+        Raises:
+            InferpoolError: an option does not fit the model.
+        """
+        self._waiting.append(_Answer(prompt, caller))
+
+    def close(self) -> None:
+        """Free what the answers hold. Their callers are told nothing."""
+        for answer in [*self._waiting, *self._active]:
+            answer.sampler.close()
+        self._waiting.clear()
+        self._active.clear()
+
+    def step(self) -> float | None:
+        """Do a piece of work.
+
+        Returns:
+            Seconds until the next step should follow: 0 while there is work, None if there is
+            none.
+        """
+        self._drop_cancelled()
+        self._admit()
+        self._continue_answers()
+        self._read_prompts()
+        self._untold = [answer for answer in self._untold if not self._end(answer)]
+        if self._waiting or self._active:
+            return 0.0
+        return _RETRY_SECONDS if self._untold else None
+
+    # Who begins, who ends
+
+    def _drop_cancelled(self) -> None:
+        for answer in [answer for answer in self._active if answer.caller.cancelled]:
+            self._release(answer)
+            answer.caller.end()
+        for answer in [answer for answer in self._waiting if answer.caller.cancelled]:
+            self._waiting.remove(answer)
+            answer.sampler.close()
+            answer.caller.end()
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._active) < len(self._slots):
+            answer = self._waiting.popleft()
+            slot, source, n_common = self._place(answer.prompt)
+            if source is not slot:
+                self._context.copy_sequence(source.id, slot.id)
+                slot.tokens = source.tokens[:]
+            self._keep(slot, n_common)
+            self._n_admitted += 1
+            slot.used = self._n_admitted
+            slot.free = False
+            answer.slot = slot
+            self._active.append(answer)
+        # Streams of neighbours are computed together.
+        self._active.sort(key=lambda answer: answer.slot.id)
+
+    def _place(self, prompt: Prompt) -> tuple[_Slot, _Slot, int]:
+        """A free slot for ``prompt``, the slot whose memory begins like it, and how far."""
+        n_common, source = max(
+            ((common_prefix(slot.tokens, prompt.tokens), slot) for slot in self._slots),
+            key=lambda entry: entry[0],
+        )
+        oldest = min(
+            (slot for slot in self._slots if slot.free),
+            key=lambda slot: (bool(slot.tokens), slot.used),
+        )
+        if n_common < _LEAST_REUSE or not prompt.may_reuse:
+            return oldest, oldest, 0
+        # A memory that goes on for long after the common beginning may be asked for again.
+        if source.free and 2 * n_common >= len(source.tokens):
+            return source, source, n_common
+        return oldest, source, n_common
+
+    def _keep(self, slot: _Slot, length: int) -> None:
+        """Make sure that memory holds the first ``length`` tokens of a slot and no more."""
+        if not self._context.truncate(slot.id, length):
+            # A recurrent model can't go back, but begin anew.
+            length = 0
+            self._context.truncate(slot.id, 0)
+        del slot.tokens[length:]
+
+    def _release(self, answer: _Answer) -> None:
+        """Free an answer's slot. Its memory stays for the next prompt that begins alike."""
+        self._active.remove(answer)
+        answer.slot.free = True
+        answer.sampler.close()
+
+    def _end(self, answer: _Answer) -> bool:
+        """End a complete answer once its caller has all of it or has gone; false until then."""
+        try:
+            if not answer.caller.cancelled and not answer.tell():
+                return False
+        except InferpoolError as error:
+            answer.caller.fail(error)
+        else:
+            answer.caller.end()
+        return True
+
+    # What is computed
+
+    def _continue_answers(self) -> None:
+        """Decode the next token of every answer that has begun."""
+        answers = [answer for answer in self._active if answer.tokens]
+        if not answers:
+            return
+        self._batch.clear()
+        for answer in answers:
+            self._add(answer, answer.tokens[-1:])
+            self._batch.want_last()
+        if self._decode(answers, self._abort):
+            for row, answer in enumerate(answers):
+                answer.slot.tokens.append(answer.tokens[-1])
+                self._sample(answer, row)
+
+    def _read_prompts(self) -> None:
+        """Decode a chunk of the prompts, shared out so that short ones are soon read."""
+        unread = [answer for answer in self._active if answer.n_unread]
+        if not unread:
+            return
+        alone = len(unread) == len(self._active)
+        room = self._context.n_batch if alone else min(self._context.n_batch, _SHARED_CHUNK)
+        unread.sort(key=lambda answer: answer.n_unread)
+        self._batch.clear()
+        chunks: list[tuple[_Answer, list[int], int]] = []
+        for index, answer in enumerate(unread):
+            n = min(answer.n_unread, room // (len(unread) - index))
+            if n:
+                room -= n
+                begin = len(answer.slot.tokens)
+                chunk = answer.prompt.tokens[begin : begin + n].tolist()
+                self._add(answer, chunk)
+                if n == answer.n_unread:
+                    self._batch.want_last()
+                chunks.append((answer, chunk, len(self._batch) - 1))
+        answers = [answer for answer, _, _ in chunks]
+        abort = functools.reduce(lambda a, b: a.union(b), (each.caller.abort for each in answers))
+        if self._decode(answers, abort):
+            for answer, chunk, row in chunks:
+                answer.slot.tokens += chunk
+                if not answer.n_unread:
+                    answer.sampler.accept_prompt(answer.prompt.tokens)
+                    self._sample(answer, row)
+
+    def _add(self, answer: _Answer, tokens: Sequence[int]) -> None:
+        slot = answer.slot
+        array = np.array(tokens, np.int32)
+        self._batch.add(array, start=len(slot.tokens), sequence=slot.id, output=False)
+
+    def _decode(self, answers: Sequence[_Answer], abort: AbortToken | None) -> bool:
+        """Compute the batch; false if it was aborted, or failed and the answers with it."""
+        try:
+            with self._context.interruptible(abort):
+                self._context.decode(self._batch)
+        except CallCancelled:
+            # Parts of the batch may be in memory. Whoever is not cancelled tries again.
+            for answer in answers:
+                self._keep(answer.slot, len(answer.slot.tokens))
+        except InferpoolError as error:
+            for answer in answers:
+                self._release(answer)
+                self._keep(answer.slot, 0)
+                answer.caller.fail(error)
+        else:
+            return True
+        return False
+
+    def _sample(self, answer: _Answer, row: int) -> None:
+        """Draw the next token of ``answer`` from row ``row`` of the batch, and tell its caller."""
+        try:
+            goes_on = answer.add(answer.sampler.sample(self._context, row))
+            if goes_on:
+                answer.tell()
+        except InferpoolError as error:
+            self._release(answer)
+            answer.caller.fail(error)
+            return
+        if not goes_on:
+            self._release(answer)
+            self._untold.append(answer)
+
+
+def common_prefix(memory: Sequence[int], prompt: npt.NDArray[np.int32]) -> int:
+    """How many tokens both begin with, the prompt's last excepted.
+
+    That one is decoded again in any case, since its result is what the answer starts from.
+    """
+    n = min(len(memory), len(prompt) - 1)
+    differing = np.flatnonzero(np.array(memory[:n], np.int32) != prompt[:n])
+    return int(differing[0]) if differing.size else n

@@ -1,0 +1,305 @@
+"""Continuous batching: many answers from one context, each as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_fakes import CountdownAbort, FakeCaller
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inferpool.engine.chat import ChatEngine
+from inferpool.engine.context import Context
+from inferpool.engine.model import Model
+from inferpool.engine.scheduler import common_prefix
+from inferpool.errors import CallCancelled, ModelError
+from inferpool.messages import ChatMessage, ChatRequest
+from inferpool.models import resolve
+
+LONG = "Consider the honey bee, its dance and its hive. " * 12
+"""About 120 tokens."""
+
+
+
+
+@pytest.fixture
+def engine(model: Model) -> Iterator[ChatEngine]:
+    made = ChatEngine(model, n_ctx=512, n_batch=64, n_parallel=3, n_threads=1)
+    yield made
+    made.close()
+
+
+def request(text: str, **options: Any) -> ChatRequest:
+    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, **options}
+    return ChatRequest(messages=[ChatMessage("user", text)], **settings)
+
+
+def submit(engine: ChatEngine, text: str, **options: Any) -> FakeCaller:
+    caller = FakeCaller()
+    engine.submit(request(text, **options), caller)
+    return caller
+
+
+def finish(engine: ChatEngine) -> None:
+    while engine.step() is not None:
+        pass
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The sequence of each token of each batch that is decoded."""
+    batches: list[list[int]] = []
+    decode = Context.decode
+
+    def recording(self: Context, batch: Any) -> None:
+        batches.append(batch._sequence[: len(batch)].tolist())
+        decode(self, batch)
+
+    monkeypatch.setattr(Context, "decode", recording)
+    return batches
+
+
+def test_answers_are_decoded_together_and_each_is_its_own(
+    engine: ChatEngine, decoded: list[list[int]]
+) -> None:
+    questions = ["Name a colour.", "What is two plus two?", "Say hello."]
+    alone = []
+    for question in questions:
+        caller = submit(engine, question, cache_prompt=False)
+        finish(engine)
+        alone.append(caller.text)
+    decoded.clear()
+    together = [submit(engine, question, cache_prompt=False) for question in questions]
+    finish(engine)
+    assert [caller.text for caller in together] == alone
+    assert [caller.outcome for caller in together] == ["end"] * 3
+    assert [0, 1, 2] in decoded
+
+
+def test_what_finds_no_room_waits_for_its_turn(engine: ChatEngine) -> None:
+    callers = [submit(engine, f"Say {number}.", max_tokens=3) for number in range(8)]
+    engine.step()
+    assert sum(bool(caller.deltas) for caller in callers) <= 3
+    finish(engine)
+    assert [caller.outcome for caller in callers] == ["end"] * 8
+    assert all(caller.deltas[-1].finish_reason for caller in callers)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine: ChatEngine) -> None:
+    long = submit(engine, LONG * 3)
+    engine.step()
+    short = submit(engine, "Hi!")
+    for _ in range(2):  # a chunk that both share, and the rest of its own
+        engine.step()
+    assert short.deltas
+    assert not long.deltas
+    finish(engine)
+    assert long.outcome == short.outcome == "end"
+
+
+def test_answers_go_on_while_a_prompt_is_read(engine: ChatEngine) -> None:
+    talking = submit(engine, "Tell me a story.", max_tokens=20)
+    while not talking.deltas:
+        engine.step()
+    reading = submit(engine, LONG * 3)
+    said = len(talking.deltas)
+    for _ in range(3):
+        engine.step()
+    assert not reading.deltas
+    assert len(talking.deltas) == said + 3
+    finish(engine)
+
+
+# Memory
+
+
+def test_the_second_turn_computes_only_what_is_new(
+    engine: ChatEngine, decoded: list[list[int]]
+) -> None:
+    turns = [ChatMessage("user", LONG)]
+    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
+    first = FakeCaller()
+    engine.submit(ChatRequest(messages=turns, **settings), first)
+    finish(engine)
+    cold = sum(map(len, decoded))
+    decoded.clear()
+    turns += [ChatMessage("assistant", first.text), ChatMessage("user", "Go on.")]
+    engine.submit(ChatRequest(messages=turns, **settings), FakeCaller())
+    finish(engine)
+    assert sum(map(len, decoded)) < cold / 2
+
+
+def test_a_beginning_in_use_elsewhere_is_copied(
+    engine: ChatEngine, decoded: list[list[int]]
+) -> None:
+    expected = submit(engine, LONG + "Summarise that.", cache_prompt=False)
+    finish(engine)
+    talking = submit(engine, LONG + "Tell me more.", max_tokens=30)
+    while not talking.deltas:
+        engine.step()
+    decoded.clear()
+    other = submit(engine, LONG + "Summarise that.")
+    finish(engine)
+    assert other.outcome == talking.outcome == "end"
+    # Nothing but the last words of its prompt, and what is said.
+    assert sum(map(len, decoded)) < 100
+    assert other.text.split()[:2] == expected.text.split()[:2]
+
+
+def test_a_seed_computes_everything_anew(engine: ChatEngine, decoded: list[list[int]]) -> None:
+    answers = []
+    for _ in range(2):
+        decoded.clear()
+        answers.append(submit(engine, LONG, seed=7, temperature=1.0))
+        finish(engine)
+    assert answers[0].text == answers[1].text
+    assert sum(map(len, decoded)) > 120
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2), min_size=1))
+def test_common_prefix_is_the_longest(memory: list[int], prompt: list[int]) -> None:
+    n = common_prefix(memory, np.array(prompt, np.int32))
+    assert 0 <= n < len(prompt)
+    assert memory[:n] == prompt[:n]
+    assert n == len(prompt) - 1 or n == len(memory) or memory[n] != prompt[n]
+
+
+# Those who give up, fall behind, or fail
+
+
+@pytest.mark.parametrize("polls", [2, 700, 1500])
+def test_whoever_is_cancelled_leaves_the_others_alone(engine: ChatEngine, polls: int) -> None:
+    """The prompt of one is cancelled in the middle of a batch, again and again."""
+    question = "Tell me a story about the sea."
+    expected = submit(engine, question, max_tokens=12)
+    finish(engine)
+    unharmed = submit(engine, question, max_tokens=12)
+    while not unharmed.deltas:
+        engine.step()
+    for _ in range(3):
+        doomed = FakeCaller(CountdownAbort(polls))
+        engine.submit(request(LONG * 2, cache_prompt=False), doomed)
+        for _ in range(3):
+            engine.step()
+    finish(engine)
+    assert unharmed.text == expected.text
+    again = submit(engine, LONG, cache_prompt=False)
+    finish(engine)
+    assert again.outcome == "end"
+
+
+def test_an_aborted_batch_is_computed_again_for_the_rest(engine: ChatEngine) -> None:
+    """Two prompts are read in one batch, which one of them aborts."""
+    expected = submit(engine, LONG, cache_prompt=False)
+    finish(engine)
+    doomed = FakeCaller(CountdownAbort(300))
+    engine.submit(request(LONG + "Again.", cache_prompt=False), doomed)
+    innocent = submit(engine, LONG, cache_prompt=False)
+    finish(engine)
+    assert doomed.outcome == "end"
+    assert not doomed.deltas
+    assert innocent.text.split()[:3] == expected.text.split()[:3]
+
+
+def test_one_who_waits_may_give_up(engine: ChatEngine) -> None:
+    callers = [submit(engine, "Say hello.") for _ in range(4)]
+    engine.step()
+    callers[3].gone = True
+    finish(engine)
+    assert [caller.outcome for caller in callers] == ["end"] * 4
+    assert not callers[3].deltas
+
+
+def test_a_caller_that_is_behind_holds_nobody_up(engine: ChatEngine) -> None:
+    slow = submit(engine, "Tell me a story.")
+    slow.room = 1
+    others = [submit(engine, "Tell me a story.") for _ in range(3)]
+    while (patience := engine.step()) == 0.0:
+        pass
+    assert patience is not None
+    assert slow.outcome is None
+    assert [caller.outcome for caller in others] == ["end"] * 3
+    slow.room = None
+    assert engine.step() is None
+    assert slow.outcome == "end"
+    assert slow.text == others[0].text
+
+
+def test_a_caller_that_is_behind_may_give_up(engine: ChatEngine) -> None:
+    slow = submit(engine, "Tell me a story.")
+    slow.room = 0
+    while engine.step() == 0.0:
+        pass
+    slow.gone = True
+    assert engine.step() is None
+    assert slow.outcome == "end"
+
+
+def test_a_caller_that_takes_no_more_ends_its_own_answer_only(engine: ChatEngine) -> None:
+    class Refusing(FakeCaller):
+        def tell(self, delta: object) -> bool:
+            raise CallCancelled
+
+    refusing = Refusing()
+    engine.submit(request("Say hello."), refusing)
+    other = submit(engine, "Say hello.")
+    finish(engine)
+    assert isinstance(refusing.outcome, CallCancelled)
+    assert other.outcome == "end"
+
+
+def test_a_batch_that_fails_ends_its_answers_and_no_others(
+    engine: ChatEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talking = submit(engine, "Tell me a story.", max_tokens=10)
+    while not talking.deltas:
+        engine.step()
+    decode = Context.decode
+
+    def failing(self: Context, batch: Any) -> None:
+        if len(batch) > 1:
+            raise ModelError("llama_decode failed")
+        decode(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "decode", failing)
+        doomed = submit(engine, "Say hello.")
+        finish(engine)
+    assert isinstance(doomed.outcome, ModelError)
+    assert talking.outcome == "end"
+    assert submit(engine, "Say hello.").outcome is None
+    finish(engine)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("submit"), st.integers(1, 3)),
+            st.tuples(st.just("cancel"), st.integers(0, 9)),
+            st.tuples(st.just("step"), st.integers(1, 4)),
+        ),
+        max_size=25,
+    )
+)
+def test_every_answer_ends_once_whatever_happens(
+    model: Model, events: list[tuple[str, int]]
+) -> None:
+    engine = ChatEngine(model, n_ctx=128, n_batch=32, n_parallel=2, n_threads=1)
+    callers: list[FakeCaller] = []
+    for event, number in events:
+        if event == "submit":
+            callers.append(submit(engine, "bee " * (12 * number), max_tokens=number))
+        elif event == "cancel" and callers:
+            callers[number % len(callers)].gone = True
+        else:
+            for _ in range(number):
+                engine.step()
+    finish(engine)
+    assert [caller.outcome for caller in callers] == ["end"] * len(callers)
+    whole = [caller for caller in callers if not caller.gone]
+    assert all(caller.deltas[-1].finish_reason for caller in whole)
+    engine.close()
