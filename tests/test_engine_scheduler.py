@@ -17,12 +17,9 @@ from inferpool.engine.model import Model
 from inferpool.engine.scheduler import common_prefix
 from inferpool.errors import CallCancelled, ModelError
 from inferpool.messages import ChatMessage, ChatRequest
-from inferpool.models import resolve
 
 LONG = "Consider the honey bee, its dance and its hive. " * 12
 """About 120 tokens."""
-
-
 
 
 @pytest.fixture
