@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import inference, plot, transport, waiting
+from benchmarks import chat, embed, plot, transport, waiting
 from benchmarks.measure import Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,21 +21,29 @@ PARTS = {
     "transport": transport.run,
     "liveness": waiting.liveness,
     "idle": waiting.idle,
-    "inference": inference.run,
+    "embed": embed.run,
+    "chat": chat.run,
 }
 
 
-def readable(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
+def readable(value: float, unit: str) -> str:
+    if unit != "s":
+        return f"{value:.3g} {unit}"
+    for name, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value / 1e-6:.3g} µs"
 
 
 def table(rows: list[Row]) -> Table:
     result = Table("comparison", "contender", "p50", "p99", "ratio of medians", "samples")
     for row in rows:
-        figures = (readable(row.p50), readable(row.p99), f"{row.ratio:.2f}", str(row.samples))
+        figures = (
+            readable(row.p50, row.unit),
+            readable(row.p99, row.unit),
+            f"{row.ratio:.2f}",
+            str(row.samples),
+        )
         result.add_row(row.comparison, row.contender, *figures)
     return result
 

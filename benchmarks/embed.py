@@ -1,4 +1,4 @@
-"""The default models through a pool, beside ``llama_cpp.Llama`` in this process."""
+"""Embedding through a pool, beside ``llama_cpp.Llama`` in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Row, interleaved, seconds
-from inferpool import ChatConfig, EmbedConfig, Pool
+from inferpool import EmbedConfig, Pool
 from inferpool.config import worker_environment
 from inferpool.models import resolve
 
@@ -17,8 +17,6 @@ TEXT = (
     "the model of a small town river carries light wood and stone past every old bridge where "
     "people trade bread for news while children count boats and birds on the far bank"
 )
-PROMPT = "Explain in detail why honeybees dance and what the other bees learn from it."
-TOKENS = 128
 
 
 def _passages(number: int, words: range) -> list[str]:
@@ -41,7 +39,7 @@ def _embedders(peer: Any, pool: Pool, texts: list[str]) -> dict[str, Callable[[]
 
 
 def run(*, quick: bool) -> list[Row]:
-    """Embedding and chat; `Llama` is the measure."""
+    """Embedding; `Llama` is the measure."""
     # The peer gets the environment that our workers get.
     os.environ.update(worker_environment())
     from llama_cpp import Llama
@@ -65,30 +63,4 @@ def run(*, quick: bool) -> list[Row]:
             name = f"MiniLM f32, a text of {label}"
             rows += interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
     embedder.close()
-    chat = Llama(str(resolve("smollm2")), n_ctx=2048, n_batch=512, **common)
-    message = [{"role": "user", "content": PROMPT}]
-    with Pool(chat=ChatConfig("smollm2", n_ctx=2048, n_threads=threads)) as pool:
-        pool.start()
-
-        def of_llama() -> float:
-            chat.reset()
-            answer = chat.create_chat_completion(message, max_tokens=TOKENS, temperature=0)
-            return float(answer["usage"]["completion_tokens"])
-
-        def of_pool() -> float:
-            return pool.chat(message, max_tokens=TOKENS, temperature=0).usage.completion_tokens
-
-        def per_token(answer: object) -> float:
-            tokens: list[float] = []
-            spent = seconds(lambda: tokens.append(answer()))
-            return spent / tokens[0]
-
-        rows += interleaved(
-            "SmolLM2 Q4_1, a token, greedy",
-            {"Llama": lambda: per_token(of_llama), "inferpool": lambda: per_token(of_pool)},
-            rounds=rounds,
-            repeats=1,
-            unit="s",
-        )
-    chat.close()
     return rows

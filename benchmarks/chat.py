@@ -1,0 +1,230 @@
+"""Chat on the default model, beside `Llama` and llama-server: rates, first tokens, cancelling.
+
+Everybody has two threads, flash attention, the same context length and as many slots.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import numpy as np
+
+from benchmarks.embed import TEXT
+from benchmarks.measure import Row, interleaved, seconds
+from benchmarks.server import Server, find_server, llama_server
+from inferpool import ChatConfig, ChatResult, Pool
+from inferpool.models import resolve
+
+SLOTS = 8
+N_CTX = 2048
+THREADS = 2
+TOKENS = 128
+STREAMS = (1, 2, 4, 8)
+
+
+def run(*, quick: bool) -> list[Row]:
+    """All comparisons of chat."""
+    rows: list[Row] = []
+    with _contenders() as (pool, server, llama):
+        rounds = 1 if quick else 5
+        for n in STREAMS:
+            rows += _streams(pool, server, llama if n == 1 else None, n, rounds)
+        rows += _first_token(pool, server, rounds)
+        rows += _cancel(pool, 5 if quick else 100)
+        rows += _agreement(pool, llama, 3 if quick else 20)
+    return rows
+
+
+@contextmanager
+def _contenders() -> Iterator[tuple[Pool, Server | None, Any]]:
+    from llama_cpp import Llama
+
+    from inferpool.engine import backend
+
+    # The peer gets past what is broken in the library as our workers do.
+    params = backend.model_params()
+    backend.lib.llama_model_default_params = lambda: params
+    model = resolve("smollm2")
+    config = ChatConfig("smollm2", n_ctx=N_CTX, n_parallel=SLOTS, n_threads=THREADS)
+    common = {"n_threads": THREADS, "flash_attn": True, "verbose": False}
+    with ExitStack() as stack:
+        pool = stack.enter_context(Pool(chat=config))
+        pool.start()
+        llama = stack.enter_context(closing(Llama(str(model), n_ctx=N_CTX, n_batch=512, **common)))
+        server = None
+        if (binary := find_server()) is None:
+            print("no llama-server: set LLAMA_SERVER", file=sys.stderr)
+        else:
+            options = f"-c {N_CTX * SLOTS} -np {SLOTS} -t {THREADS} -fa on -b 512 --no-kv-unified"
+            server = stack.enter_context(llama_server(binary, model, *options.split()))
+        yield pool, server, llama
+
+
+_serial = iter(range(1 << 30))
+
+
+def _question() -> str:
+    """Another one each time, so that nobody has read its beginning before."""
+    return f"Number {next(_serial)}: explain in detail why honeybees dance, and who watches."
+
+
+def _text(tokens: int) -> str:
+    """About so many tokens, another each time."""
+    generator = np.random.default_rng(next(_serial))
+    return " ".join(generator.choice(TEXT.split(), int(tokens / 1.1)))
+
+
+def _asked(content: str, **options: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "temperature": 0.0, **options}
+
+
+def _streams(pool: Pool, server: Server | None, llama: Any, n: int, rounds: int) -> list[Row]:
+    """Seconds for one of the tokens of `n` answers at once."""
+
+    def of(answer: Callable[[dict[str, Any]], int]) -> Callable[[], float]:
+        def measure() -> float:
+            with ThreadPoolExecutor(n) as threads:
+                asked = [_asked(_question(), max_tokens=TOKENS) for _ in range(n)]
+                began = time.perf_counter()
+                tokens = sum(threads.map(answer, asked))
+                return (time.perf_counter() - began) / tokens
+
+        return measure
+
+    def of_pool(asked: dict[str, Any]) -> int:
+        return pool.chat(**asked).usage.completion_tokens
+
+    def of_server(asked: dict[str, Any]) -> int:
+        assert server is not None
+        with closing(server.connect()) as connection:
+            answer = server.post("/v1/chat/completions", asked, connection)
+        return int(answer["usage"]["completion_tokens"])
+
+    def of_llama(asked: dict[str, Any]) -> int:
+        llama.reset()
+        return int(llama.create_chat_completion(**asked)["usage"]["completion_tokens"])
+
+    contenders: dict[str, Callable[[], float]] = {}
+    if server is not None:
+        contenders["llama-server"] = of(of_server)
+    if llama is not None:
+        contenders["Llama"] = of(of_llama)
+    contenders["inferpool"] = of(of_pool)
+    name = f"SmolLM2 Q4_1, greedy, a token of {n} stream{'s' * (n > 1)}"
+    return interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
+
+
+def _first_token(pool: Pool, server: Server | None, rounds: int) -> list[Row]:
+    """Seconds until the first token, of prompts that are read anew or go on."""
+
+    def of_pool(asked: dict[str, Any]) -> None:
+        with pool.chat.stream(**asked) as stream:
+            next(stream)
+
+    def during_prefill(first_token: Callable[[dict[str, Any]], None]) -> float:
+        long = threading.Thread(target=first_token, args=[_asked(_text(1500), max_tokens=1)])
+        long.start()
+        time.sleep(0.2)
+        spent = seconds(lambda: first_token(_asked(_question(), max_tokens=1)))
+        long.join()
+        return spent
+
+    def second_turn(first_token: Callable[[dict[str, Any]], None]) -> float:
+        first = _asked(_text(1000), max_tokens=1)
+        first_token(first)
+        turns = [
+            *first["messages"],
+            {"role": "assistant", "content": "I see."},
+            {"role": "user", "content": "Go on."},
+        ]
+        return seconds(lambda: first_token({**first, "messages": turns}))
+
+    def of(first_token: Callable[[dict[str, Any]], None]) -> dict[str, Callable[[], float]]:
+        return {
+            "1000 tokens": lambda: seconds(lambda: first_token(_asked(_text(1000), max_tokens=1))),
+            "second turn after 1000 tokens": lambda: second_turn(first_token),
+            "a chunk of 512 tokens": lambda: seconds(
+                lambda: first_token(_asked(_text(480), max_tokens=1))
+            ),
+            "short": lambda: seconds(lambda: first_token(_asked(_question(), max_tokens=1))),
+            "short, beside a prompt of 1500": lambda: during_prefill(first_token),
+        }
+
+    rows = interleaved("first token, inferpool", of(of_pool), rounds=rounds, repeats=1, unit="s")
+    if server is not None:
+        peer = of(server.first_token)
+        rows += interleaved("first token, llama-server", peer, rounds=rounds, repeats=1, unit="s")
+    return rows
+
+
+def _cancel(pool: Pool, repeats: int) -> list[Row]:
+    """A prompt of 1,500 tokens is cancelled in its middle while seven others are answered."""
+    generator = np.random.default_rng(0)
+    ended: list[float] = []
+    freed: list[float] = []
+    others = [
+        pool.chat.stream(**_asked(_question(), max_tokens=N_CTX - 100)) for _ in range(SLOTS - 1)
+    ]
+    for other in others:
+        next(other)
+    for _ in range(repeats):
+        stream = pool.chat.stream(**_asked(_text(1500), max_tokens=1))
+        time.sleep(generator.uniform(0.1, 1.0))
+        began = time.perf_counter()
+        stream.close()
+        ended.append(time.perf_counter() - began)
+        freed.append(seconds(lambda: pool.chat(**_asked("Hi!", max_tokens=1))))
+    for other in others:
+        other.close()
+    name = "cancel in a prompt of 1,500 tokens"
+    rows = []
+    for what, values in (("until the call has ended", ended), ("a short call in its slot", freed)):
+        p50, p99 = np.quantile(values, [0.5, 0.99])
+        rows.append(Row(name, what, "s", float(p50), float(p99), 1.0, len(values)))
+    return rows
+
+
+def _agreement(pool: Pool, llama: Any, number: int) -> list[Row]:
+    """How many greedy answers of 64 tokens are those of `Llama`: alone, and eight at once."""
+    questions = [_asked(_question(), max_tokens=64, cache_prompt=False) for _ in range(number)]
+    expected = []
+    for asked in questions:
+        llama.reset()
+        llama._ctx.kv_cache_clear()
+        answer = llama.create_chat_completion(asked["messages"], temperature=0.0, max_tokens=64)
+        expected.append(answer["choices"][0]["message"]["content"])
+    measured = [pool.chat(**asked, logprobs=True, top_logprobs=2) for asked in questions]
+    with ThreadPoolExecutor(SLOTS) as threads:
+        together = list(threads.map(lambda asked: pool.chat(**asked, logprobs=True), questions))
+    gaps = []
+    for alone, other in zip(measured, together, strict=True):
+        assert alone.logprobs is not None
+        assert other.logprobs is not None
+        for here, there in zip(alone.logprobs.content, other.logprobs.content, strict=False):
+            if here.token != there.token:
+                likeliest, second = here.top_logprobs
+                gaps.append(likeliest.logprob - second.logprob)
+                break
+    name = f"greedy, {number} answers of 64 tokens"
+
+    def row(what: str, value: float, unit: str) -> Row:
+        return Row(name, what, unit, value, value, 1.0, number)
+
+    rows = [
+        row("alone, equal to Llama's", sum(map(_equal, measured, expected)), "answers"),
+        row("eight at once, equal to Llama's", sum(map(_equal, together, expected)), "answers"),
+    ]
+    if gaps:
+        widest = max(gaps)
+        rows.append(row("widest gap between the two likeliest at a difference", widest, "nats"))
+    return rows
+
+
+def _equal(answer: ChatResult, expected: str) -> bool:
+    return answer.text == expected
