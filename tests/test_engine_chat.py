@@ -19,9 +19,8 @@ from llama_cpp import Llama
 
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.model import Model
-from inferpool.engine.template import ChatTemplate
 from inferpool.engine.text import TextStream
-from inferpool.errors import ContextLengthExceeded, ModelError, ModelLoadError
+from inferpool.errors import ContextLengthExceeded, ModelLoadError
 from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult
 from inferpool.models import resolve
 from inferpool.roles import chat as role
@@ -224,47 +223,6 @@ def test_a_character_is_never_split() -> None:
 def test_bytes_that_are_no_text_are_replaced() -> None:
     stream = TextStream()
     assert stream.push(b"a\xff") + stream.push(b"\xe6\xbc") + stream.finish() == "a\ufffd\ufffd"
-
-
-# Templates
-
-
-def template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos="<s>", eos="</s>")
-
-
-def test_template_gets_what_templates_are_written_for() -> None:
-    source = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
-        "{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ strftime_now('%Y') | length }}{% endif %}"
-    )
-    messages = [ChatMessage("system", "quiet"), ChatMessage("user", "a<b & 'é'")]
-    assert template(source).render(messages) == "<s>\"a<b & 'é'\"4"
-
-
-def test_broken_template_is_a_load_error() -> None:
-    with pytest.raises(ModelLoadError, match="chat template is broken"):
-        template("{% for m in messages %}")
-
-
-def test_template_that_refuses_the_messages_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="roles must alternate"):
-        template("{{ raise_exception('roles must alternate') }}").render([])
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages[7].content }}",
-        "{{ 1 / 0 }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_failing_template_is_a_model_error(source: str) -> None:
-    with pytest.raises(ModelError, match="chat template failed"):
-        template(source).render([ChatMessage("user", "hi")])
 
 
 def test_a_template_can_be_given(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from inferpool.engine.sampler import Sampler
 from inferpool.engine.schema import GrammarBuilder
 from inferpool.engine.template import ChatTemplate
 from inferpool.errors import ContextLengthExceeded, ModelLoadError
-from inferpool.messages import ChatRequest
+from inferpool.messages import ChatMessage, ChatRequest
 
 __all__ = ["Prompt", "PromptBuilder"]
 
@@ -87,7 +88,7 @@ class PromptBuilder:
             ValueError: if the chat template refuses the messages.
             ModelError: if the chat template fails.
         """
-        tokens = self._model.tokenize_prompt(self._template.render(request.messages))
+        tokens = self._model.tokenize_prompt(self._template.render(_turns(request.messages)))
         if not tokens.size:
             raise ValueError("the chat template makes an empty prompt of these messages")
         if len(tokens) + 1 > self.n_ctx:
@@ -102,6 +103,10 @@ class PromptBuilder:
         if request.max_tokens is not None:
             budget = min(budget, request.max_tokens)
         return Prompt(self._model, request, tokens, budget, _grammar(request))
+
+
+def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _grammar(request: ChatRequest) -> Grammar | None:

@@ -1,25 +1,23 @@
 """Messages to a prompt, through the jinja template that comes with a model.
 
-The template is part of an untrusted file: it runs in jinja's immutable sandbox. What it
-may use is what Hugging Face's ``apply_chat_template`` gives it, since templates are
-written for that.
+What a template may use is what Hugging Face's ``apply_chat_template`` gives it, since templates
+are written for that.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
-from inferpool.errors import ModelError, ModelLoadError
-from inferpool.messages import ChatMessage
+from inferpool.engine.jinja import BoundedEnvironment, TemplateTooExpensive
+from inferpool.errors import InvalidRequest, ModelError, ModelLoadError
 
 __all__ = ["ChatTemplate"]
 
@@ -27,43 +25,62 @@ __all__ = ["ChatTemplate"]
 class ChatTemplate:
     """A compiled chat template.
 
-    Args:
+    Attributes:
         source: the jinja text.
-        bos: text of the model's BOS token, which the template may write.
-        eos: text of the model's EOS token.
-
-    Raises:
-        ModelLoadError: if ``source`` is no jinja template.
+        takes_tools: whether it says anything about tools.
     """
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        """Compile a template.
+
+        Args:
+            source: the jinja text.
+            bos: text of the model's BOS token, which the template may write.
+            eos: text of the model's EOS token.
+
+        Raises:
+            ModelLoadError: if ``source`` is no jinja template, or uses what is not there.
+        """
+        self._environment = BoundedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[jinja2.ext.loopcontrols, _GenerationTag],
         )
-        # jinja's own escapes for HTML, which a prompt is not.
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(
+        self._environment.globals.update(
             bos_token=bos, eos_token=eos, raise_exception=_refuse, strftime_now=_strftime_now
         )
+        self.source = source
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            tree = self._environment.parse_bounded(source)
+            self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+            self._template = self._environment.bounded_template(tree)
+        # The compilers of jinja and Python each have their own ways to fail.
+        except Exception as error:
             raise ModelLoadError(f"the chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt that asks for the turn after ``messages``.
 
+        Args:
+            messages: the turns, as Hugging Face's templates expect them.
+            tools: what the model may call, as OpenAI describes tools.
+
         Raises:
-            ValueError: if the template refuses the messages (two user turns in a row, say).
-            ModelError: if the template fails.
+            InvalidRequest: if the template refuses the messages (two user turns in a row, say).
+            ModelError: if the template fails, or does not end.
         """
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        # About what it has to write; how much of that the template makes is bounded by it.
+        self._environment.allow(len(str(messages)) + len(str(tools)))
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True)
+            return self._template.render(messages=messages, tools=tools, add_generation_prompt=True)
         except _Refused as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
+            raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
+        except TemplateTooExpensive as error:
+            raise ModelError(f"the chat template was stopped: {error}") from error
         # Anything can go wrong in a template's expressions, and all of it is the template.
         except Exception as error:
             raise ModelError(f"the chat template failed: {error!r}") from error
@@ -78,11 +95,9 @@ def _refuse(message: str) -> None:
 
 
 def _strftime_now(layout: str) -> str:
+    if len(layout) > 256:
+        raise ValueError("strftime_now: the layout is too long")
     return dt.datetime.now().astimezone().strftime(layout)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 class _GenerationTag(jinja2.ext.Extension):
