@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,18 @@ def exit_now(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     os._exit(payload)
 
 
+def assert_(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Break an assertion of ggml's, on a thread of its own if the payload says so."""
+    from inferpool.engine.backend import init_backend, lib
+
+    init_backend()
+    lib._lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    if payload:
+        threading.Thread(target=lib._lib.ggml_backend_dev_get, args=[9999]).start()
+        time.sleep(30)
+    lib._lib.ggml_backend_dev_get(9999)
+
+
 def facts(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """What the worker process looks like from inside."""
     reply.send(
@@ -192,6 +205,7 @@ HANDLERS: dict[str, KindHandler] = {
     "die": die,
     "scribble": scribble,
     "exit": exit_now,
+    "assert": assert_,
     "facts": facts,
     "chatter": chatter,
 }

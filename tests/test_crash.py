@@ -40,6 +40,19 @@ def test_a_signal_mid_stream_leaves_the_items_so_far_then_the_error(pool: Pool, 
     assert pool.status()["echo"].incarnation == 2
 
 
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_native_assert_says_what_it_was(tmp_path: Path, in_thread: bool) -> None:
+    role = Role("echo_role:make_session", "echo_role:HANDLERS", sandbox="confined")
+    with Pool(echo=role, log_dir=tmp_path) as pool:
+        with pytest.raises(WorkerCrashed) as caught:
+            pool.call("echo", "assert", in_thread)
+        assert caught.value.exit == "SIGABRT"
+        assert "GGML_ASSERT(index < ggml_backend_dev_count()) failed" in str(caught.value)
+        log = (tmp_path / "worker-echo.log").read_text()
+        assert "CRITICAL ggml: ggml_abort: " in log
+        assert pool.call("echo", "echo", 1) == 1
+
+
 @pytest.mark.parametrize("code", [0, 7])
 def test_an_exit_mid_call_is_a_crash_with_its_code(pool: Pool, code: int) -> None:
     with pytest.raises(WorkerCrashed) as caught:

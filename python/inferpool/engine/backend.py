@@ -125,6 +125,10 @@ class _LogBridge:
             if line.strip():
                 self._emit(level, line.rstrip())
 
+    def flush(self) -> None:
+        """Log a message whose end has not come."""
+        self(logging.NOTSET, b"", None)
+
     def _emit(self, level: int, line: str) -> None:
         if level >= logging.ERROR:
             self.errors.append(line)
@@ -136,6 +140,19 @@ _bridge = _LogBridge()
 _native_bridge = lib.llama_log_callback(_bridge)
 
 
+def _on_abort(message: bytes | None) -> None:
+    """Say in the log why ggml is about to end the process.
+
+    In place of its own report, which starts a debugger for a backtrace if there is one, and so
+    keeps the dead waiting.
+    """
+    _bridge.flush()
+    logging.getLogger("ggml").critical("ggml_abort: %s", (message or b"").decode(errors="replace"))
+
+
+_native_on_abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_on_abort)
+
+
 @functools.cache
 def init_backend() -> None:
     """Check and initialise the native library; later calls do nothing.
@@ -144,12 +161,16 @@ def init_backend() -> None:
         ModelLoadError: if the installed llama-cpp-python lacks something the engine needs.
     """
     problems = missing_symbols(lib)
+    if not hasattr(lib._lib, "ggml_set_abort_callback"):
+        problems.append("ggml_set_abort_callback is missing")
     if problems:
         raise ModelLoadError(
             f"the installed llama-cpp-python does not fit this version of inferpool: "
             f"{', '.join(problems)}"
         )
     lib.llama_log_set(_native_bridge, ctypes.c_void_p(0))
+    # Not bound by llama_cpp, but exported by what it loads.
+    lib._lib.ggml_set_abort_callback(_native_on_abort)
     lib.llama_backend_init()
 
 
