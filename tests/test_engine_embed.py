@@ -483,7 +483,10 @@ def test_required_symbols_are_those_that_the_engine_uses() -> None:
         for source in folder.glob("*.py")
         for name in re.findall(r"\blib\.(llama_\w+)\(", source.read_text())
     }
-    structures = {"llama_batch", "llama_log_callback", "llama_progress_callback"}
+    structures = {
+        *("llama_batch", "llama_log_callback", "llama_progress_callback"),
+        "llama_token_data_array",
+    }
     assert set(backend._REQUIRED) == used - structures
 
 

@@ -3,6 +3,7 @@
 ::
 
     backend     the native library: symbols checked, logs routed, initialised once
+    gguf        metadata of a file not yet loaded     memory     whether it will fit
     model       a loaded GGUF: weights, vocabulary, metadata
     context     what computes: one batch of tokens at a time, interruptible
     packing     sequences -> pooled rows    chat       messages -> streamed text

@@ -12,10 +12,17 @@ from inferpool.engine.scheduler import Caller, Scheduler
 from inferpool.errors import ModelLoadError
 from inferpool.messages import ChatRequest
 
-__all__ = ["ChatEngine"]
+__all__ = ["ChatEngine", "context_length"]
 
 DEFAULT_CONTEXT_LENGTH = 4096
 """Some models were trained with so much that the memory for it would not fit."""
+
+
+def context_length(asked: int | None, trained: int) -> int:
+    """Tokens of one conversation; see ``n_ctx`` of `ChatEngine`."""
+    if asked is None:
+        return min(trained, DEFAULT_CONTEXT_LENGTH)
+    return asked or trained
 
 
 class ChatEngine:
@@ -56,10 +63,8 @@ class ChatEngine:
             ModelLoadError: if there is no usable chat template, the model generates no text
                 from a prompt alone, or memory is short.
         """
-        if n_ctx is None:
-            n_ctx = min(model.n_ctx_train, DEFAULT_CONTEXT_LENGTH)
         # llama.cpp rounds the context up; what was asked for is what holds.
-        self.n_ctx = n_ctx or model.n_ctx_train
+        self.n_ctx = context_length(n_ctx, model.n_ctx_train)
         self._prompts = PromptBuilder(model, n_ctx=self.n_ctx, chat_template=chat_template)
         with ExitStack() as resources:
             context = Context(

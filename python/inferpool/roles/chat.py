@@ -10,9 +10,8 @@ from inferpool.config import ChatConfig
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.answer import collect
 from inferpool.engine.chat import ChatEngine
-from inferpool.engine.model import Model
 from inferpool.messages import ChatDelta, ChatRequest, ChatResult, read
-from inferpool.models import resolve
+from inferpool.roles.load import load_model
 from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
 __all__ = ["HANDLERS", "ChatSession", "make_session"]
@@ -27,7 +26,7 @@ class ChatSession:
 
     def __init__(self, config: ChatConfig, abort: AbortToken | None) -> None:
         with ExitStack() as resources:
-            model = Model(resolve(config.model), n_gpu_layers=config.n_gpu_layers, abort=abort)
+            model = load_model(config, abort)
             resources.enter_context(closing(model))
             self.engine = ChatEngine(
                 model,

@@ -9,10 +9,9 @@ from typing import Any, cast
 
 from inferpool.config import RerankConfig
 from inferpool.engine.abort import AbortToken
-from inferpool.engine.model import Model
 from inferpool.engine.reranker import Reranker
 from inferpool.messages import RerankRequest, read
-from inferpool.models import resolve
+from inferpool.roles.load import load_model
 from inferpool.roles.packed import PackedCalls
 from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
@@ -29,7 +28,7 @@ class RerankSession:
 
     def __init__(self, config: RerankConfig, abort: AbortToken | None) -> None:
         with ExitStack() as resources:
-            model = Model(resolve(config.model), n_gpu_layers=config.n_gpu_layers, abort=abort)
+            model = load_model(config, abort)
             resources.enter_context(closing(model))
             self.reranker = Reranker(
                 model,

@@ -1,0 +1,165 @@
+"""What a GGUF says of its model, read before llama.cpp reads it.
+
+The layout is that of ggml's ``docs/gguf.md``, versions 2 and 3.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+from inferpool.config import MAX_CONTEXT_LENGTH
+from inferpool.errors import ModelLoadError
+
+__all__ = ["Gguf"]
+
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+# Longer ones are the vocabulary's, of which the length is enough.
+_LONGEST_ARRAY = 1024
+# LLAMA_MAX_LAYERS, and more than any model has of the others. They become sizes of allocations.
+_LIMITS = {
+    "context_length": MAX_CONTEXT_LENGTH,
+    "embedding_length": 1 << 20,
+    "block_count": 512,
+}
+
+
+class Gguf:
+    """The metadata of one GGUF file.
+
+    Attributes:
+        path: the file.
+        metadata: values by key; of an array of more than 1024 entries, or of strings, its length.
+        architecture: llama.cpp's name for it.
+        n_ctx_train: context length that the model was trained with, in tokens.
+        n_vocab: number of tokens in the vocabulary.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read ``path``.
+
+        Raises:
+            ModelLoadError: if it is no GGUF, or says something that makes no sense.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+                self.metadata = _Reader(data).metadata()
+        # An empty file can't be mapped, which is a ValueError.
+        except (OSError, ValueError, struct.error) as error:
+            raise ModelLoadError(f"can't load {path}: {error}") from error
+        self.architecture = str(self.metadata.get("general.architecture", ""))
+        for name, most in _LIMITS.items():
+            value = self.get(name, 1)
+            if not isinstance(value, int) or not 0 < value <= most:
+                key = name.replace("_", " ")
+                raise ModelLoadError(f"{path}: a {key} of {value} makes no sense (1 to {most})")
+        self.n_ctx_train: int = self.get("context_length", 1)
+        self.n_vocab = _count(self.metadata.get("tokenizer.ggml.tokens"))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key of the architecture, such as ``"block_count"``."""
+        return self.metadata.get(f"{self.architecture}.{name}", default)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes in the context, in float16, at least.
+
+        ``2 * sum(n_head_kv * (key_length + value_length))`` over the layers. Layers that forget
+        (sliding windows), share or compress what they remember count as nothing.
+        """
+        n_layers, n_embd = self.get("block_count", 0), self.get("embedding_length", 0)
+        forgetful = ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size")
+        if self.get("attention.causal") is False or any(self.get(name) for name in forgetful):
+            return 0
+        n_head = self._per_layer("attention.head_count", n_layers, 0)
+        n_head_kv = self._per_layer("attention.head_count_kv", n_layers, n_head)
+        if not any(n_head):
+            return 0
+        width = n_embd // max(n_head)
+        width_k = _count(self.get("attention.key_length", width))
+        width_v = _count(self.get("attention.value_length", width))
+        return 2 * sum(n_head_kv) * (width_k + width_v)
+
+    def _per_layer(self, name: str, n_layers: int, default: Any) -> list[int]:
+        value = self.get(name, default)
+        return [_count(each) for each in (value if isinstance(value, list) else [value] * n_layers)]
+
+
+def _count(value: Any) -> int:
+    """A size, or 0 if it is none: llama.cpp will say so."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+class _Reader:
+    """Reads values one after another; none of them can lie beyond the end of the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = 0
+
+    def metadata(self) -> dict[str, Any]:
+        if self._bytes(4) != b"GGUF":
+            raise ValueError("no GGUF file: it begins with another magic")
+        version = self._scalar("<I")
+        if version not in {2, 3}:
+            raise ValueError(f"GGUF version {version} is not known")
+        self._scalar("<Q")  # tensors, which only llama.cpp reads
+        n_values = self._scalar("<Q")
+        return dict(self._pair() for _ in range(n_values))
+
+    def _pair(self) -> tuple[str, Any]:
+        return self._string().decode("utf-8", "replace"), self._value(self._scalar("<I"))
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string().decode("utf-8", "replace")
+        if kind != _ARRAY:
+            return self._scalar(_layout(kind))
+        kind, length = self._scalar("<I"), self._scalar("<Q")
+        if kind == _STRING:
+            for _ in range(length):
+                self._skip(self._scalar("<Q"))
+            return length
+        if length <= _LONGEST_ARRAY:
+            return [self._scalar(_layout(kind)) for _ in range(length)]
+        self._skip(length * struct.calcsize(_layout(kind)))
+        return length
+
+    def _string(self) -> bytes:
+        return self._bytes(self._scalar("<Q"))
+
+    def _scalar(self, layout: str) -> Any:
+        (value,) = struct.unpack(layout, self._bytes(struct.calcsize(layout)))
+        return value
+
+    def _bytes(self, count: int) -> bytes:
+        begin = self._at
+        self._skip(count)
+        return self._data[begin : self._at]
+
+    def _skip(self, count: int) -> None:
+        self._at += count
+        if self._at > len(self._data):
+            raise ValueError("the file is truncated, or no GGUF")
+
+
+def _layout(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a metadata value of unknown type {kind}")
+    return _SCALARS[kind]

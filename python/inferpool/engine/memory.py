@@ -1,0 +1,98 @@
+"""Whether memory will do for a model, asked before it is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from inferpool.engine.gguf import Gguf
+from inferpool.errors import ModelLoadError
+
+__all__ = ["available_memory", "require_memory"]
+
+_FLOAT32 = 4
+
+
+def require_memory(gguf: Gguf, *, n_bytes: int, n_ctx: int, n_batch: int, logits: bool) -> None:
+    """Refuse a model that can't fit.
+
+    The need is a lower bound, so that nothing is refused that would do: the files, the tokens in
+    memory (`Gguf.bytes_per_token`), and a row of logits, in float32, for each token of a batch.
+
+    Args:
+        gguf: the model.
+        n_bytes: size of its files.
+        n_ctx: tokens in memory at most, over all sequences.
+        n_batch: tokens decoded together at most.
+        logits: whether tokens will be drawn.
+
+    Raises:
+        ModelLoadError: with the numbers.
+    """
+    context = n_ctx * gguf.bytes_per_token
+    compute = n_batch * gguf.n_vocab * _FLOAT32 if logits else 0
+    need = n_bytes + context + compute
+    found = available_memory()
+    if found is not None and need > found[0]:
+        available, where = found
+        raise ModelLoadError(
+            f"{gguf.path.name} needs at least {_mib(need)} of memory ({_mib(n_bytes)} for the "
+            f"weights, {_mib(context)} for a context of {n_ctx} tokens, {_mib(compute)} for "
+            f"batches of {n_batch}), and {where} leaves {_mib(available)}"
+        )
+
+
+def available_memory() -> tuple[int, str] | None:
+    """Bytes that this process can still have, and what sets that bound; None if nothing says."""
+    return min([*_of_machine(), *_of_groups(), *_of_process()], default=None)
+
+
+def _of_machine() -> Iterator[tuple[int, str]]:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
+    if found:
+        yield int(found[1]) << 10, "the machine"
+
+
+def _of_groups() -> Iterator[tuple[int, str]]:
+    """Limits of the control groups around this process, version 2 or 1."""
+    root = Path("/sys/fs/cgroup")
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, most, used, cache = root, "memory.max", "memory.current", "file"
+        elif "memory" in controllers.split(","):
+            base, most = root / "memory", "memory.limit_in_bytes"
+            used, cache = "memory.usage_in_bytes", "total_cache"
+        else:
+            continue
+        group = base / name.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, current = _read(folder / most).strip(), _read(folder / used).strip()
+            if limit.isdigit() and current.isdigit():
+                # What only caches files gives way, as it does in MemAvailable.
+                cached = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                free = int(limit) - int(current) + (int(cached[1]) if cached else 0)
+                yield min(free, int(limit)), "the control group"
+            if folder == base:
+                break
+
+
+def _of_process() -> Iterator[tuple[int, str]]:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        yield limit - pages * os.sysconf("SC_PAGE_SIZE"), "RLIMIT_AS"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):,.0f} MiB"

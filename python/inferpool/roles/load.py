@@ -1,0 +1,37 @@
+"""Loading the model of a built-in role."""
+
+from __future__ import annotations
+
+from inferpool.config import ChatConfig, EmbedConfig, RerankConfig
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.chat import context_length
+from inferpool.engine.gguf import Gguf
+from inferpool.engine.memory import require_memory
+from inferpool.engine.model import Model
+from inferpool.models import readable, resolve
+
+__all__ = ["load_model"]
+
+
+def load_model(config: ChatConfig | EmbedConfig | RerankConfig, abort: AbortToken | None) -> Model:
+    """Load the model that a config names, if it makes sense and memory will do.
+
+    Raises:
+        ModelNotFound: if there is no such model.
+        ModelLoadError: if it can't be loaded, or can't fit.
+        CallCancelled: if ``abort`` was set meanwhile.
+    """
+    gguf = Gguf(resolve(config.model))
+    n_ctx = min(config.n_batch, gguf.n_ctx_train)
+    if isinstance(config, ChatConfig):
+        n_ctx = context_length(config.n_ctx, gguf.n_ctx_train) * config.n_parallel
+    # What an accelerator has, only its driver knows.
+    if config.n_gpu_layers == 0:
+        require_memory(
+            gguf,
+            n_bytes=sum(path.stat().st_size for path in readable(config.model)),
+            n_ctx=n_ctx,
+            n_batch=min(config.n_batch, n_ctx),
+            logits=isinstance(config, ChatConfig),
+        )
+    return Model(gguf.path, n_gpu_layers=config.n_gpu_layers, abort=abort)

@@ -1,0 +1,204 @@
+"""What a file says of its model before it is loaded, and whether memory will do."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inferpool import ChatConfig, ModelLoadError, Pool
+from inferpool.engine import memory
+from inferpool.engine.gguf import Gguf
+from inferpool.engine.memory import available_memory, require_memory
+from inferpool.models import resolve
+
+TINY = Path(__file__).parent / "data" / "tiny-reranker.gguf"
+HEAD = TINY.read_bytes()[:4096]
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("model", ["smollm2", "minilm", str(TINY)])
+def test_metadata_is_what_another_reader_finds(model: str) -> None:
+    ours = Gguf(resolve(model))
+    theirs = gguf.GGUFReader(ours.path)
+    fields = {name: field for name, field in theirs.fields.items() if name[:5] != "GGUF."}
+    assert ours.metadata.keys() == fields.keys()
+    for name, field in fields.items():
+        expected = field.contents()
+        if isinstance(expected, list) and (len(expected) > 1024 or isinstance(expected[0], str)):
+            expected = len(expected)
+        assert ours.metadata[name] == expected, name
+
+
+def test_what_a_token_takes_is_what_llama_cpp_allocates() -> None:
+    # llama.cpp logs "KV buffer size = 180.00 MiB" for 8192 tokens.
+    assert Gguf(resolve("smollm2")).bytes_per_token * 8192 == 180 * MIB
+    assert Gguf(resolve("minilm")).bytes_per_token == 0
+
+
+def write(path: Path, **values: object) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {"context_length": 512, "embedding_length": 64, **values}.items():
+        key = f"llama.{name.replace('__', '.')}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, str(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"attention__head_count": 4}, 2 * 3 * 4 * (16 + 16)),
+        ({"attention__head_count": 4, "attention__head_count_kv": 2}, 2 * 3 * 2 * (16 + 16)),
+        ({"attention__head_count": [4, 8, 8]}, 2 * 20 * (8 + 8)),
+        (
+            {"attention__head_count": 4, "attention__key_length": 32},
+            2 * 3 * 4 * (32 + 16),
+        ),
+        ({"attention__head_count": 4, "attention__sliding_window": 128}, 0),
+        ({"attention__head_count": 4, "attention__causal": False}, 0),
+        ({"attention__head_count": "four"}, 0),
+        ({}, 0),
+    ],
+)
+def test_what_a_token_takes_follows_the_layers(
+    tmp_path: Path, values: dict[str, object], expected: int
+) -> None:
+    path = write(tmp_path / "model.gguf", block_count=3, **values)
+    assert Gguf(path).bytes_per_token == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("context_length", 0),
+        ("context_length", 2**31),
+        ("embedding_length", 0),
+        ("embedding_length", 1 << 30),
+        ("block_count", 0),
+        ("block_count", 100_000),
+        ("block_count", "three"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(tmp_path: Path, name: str, value: object) -> None:
+    path = write(tmp_path / "absurd.gguf", **{"block_count": 1, name: value})
+    problem = f"a {name.replace('_', ' ')} of {value} makes no sense"
+    with pytest.raises(ModelLoadError, match=problem):
+        Gguf(path)
+
+
+def test_a_file_that_ends_anywhere_is_a_load_error(tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    whole = write(tmp_path / "whole.gguf", block_count=3, attention__head_count=[1, 2, 3])
+    data = whole.read_bytes().rstrip(b"\0")
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(ModelLoadError, match=r"can't load .*cut\.gguf: "):
+            Gguf(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, len(HEAD) - 8), data=st.binary(min_size=1, max_size=8))
+def test_a_damaged_file_is_read_or_is_a_load_error(
+    tmp_path_factory: pytest.TempPathFactory, at: int, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(HEAD[:at] + data + HEAD[at + len(data) :] + b"\0" * 4096)
+    with contextlib.suppress(ModelLoadError):
+        assert isinstance(Gguf(path).bytes_per_token, int)
+
+
+def test_a_version_that_is_not_known_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "new.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0))
+    with pytest.raises(ModelLoadError, match="version 9"):
+        Gguf(path)
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: (300 * MIB, "the machine"))
+    model = Gguf(resolve("smollm2"))
+    sizes = {"n_bytes": 92 * MIB, "n_ctx": 8192, "n_batch": 512}
+    require_memory(model, **sizes, logits=False)
+    with pytest.raises(ModelLoadError) as caught:
+        require_memory(model, **sizes, logits=True)
+    assert str(caught.value) == (
+        "SmolLM2-135M-Instruct.Q4_1.gguf needs at least 368 MiB of memory (92 MiB for the weights, "
+        "180 MiB for a context of 8192 tokens, 96 MiB for batches of 512), and the machine leaves "
+        "300 MiB"
+    )
+
+
+def test_a_context_for_more_than_the_machine_is_refused_before_it_is_tried() -> None:
+    with Pool(chat=ChatConfig("smollm2", n_ctx=1 << 24, n_parallel=1)) as pool:
+        with pytest.raises(ModelLoadError, match=r"368,640 MiB for a context of 16777216 tokens"):
+            pool.chat("Hello")
+
+
+def files(monkeypatch: pytest.MonkeyPatch, contents: dict[str, str]) -> None:
+    monkeypatch.setattr(memory, "_read", lambda path: contents.get(str(path), ""))
+
+
+def test_the_narrowest_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    files(
+        monkeypatch,
+        {
+            "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    8000 kB\n",
+            "/proc/self/cgroup": "0::/outer/inner\n",
+            "/sys/fs/cgroup/outer/inner/memory.max": "max\n",
+            "/sys/fs/cgroup/outer/inner/memory.current": "1000\n",
+            "/sys/fs/cgroup/outer/memory.max": "5000\n",
+            "/sys/fs/cgroup/outer/memory.current": "4000\n",
+            "/sys/fs/cgroup/outer/memory.stat": "anon 1500\nfile 2500\n",
+        },
+    )
+    assert available_memory() == (3500, "the control group")
+
+
+def test_control_groups_of_version_1_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    files(
+        monkeypatch,
+        {
+            "/proc/self/cgroup": "5:cpu:/a\n4:hugetlb,memory:/a\n",
+            "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "700\n",
+            "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": "300\n",
+        },
+    )
+    assert available_memory() == (400, "the control group")
+
+
+def test_without_any_bound_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    files(monkeypatch, {})
+    assert available_memory() is None
+    require_memory(Gguf(TINY), n_bytes=1 << 60, n_ctx=1, n_batch=1, logits=False)
+
+
+def test_a_limit_of_the_process_counts() -> None:
+    script = (
+        "import resource\n"
+        "from inferpool.engine.memory import available_memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "print(*available_memory())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30
+    )
+    count, where = done.stdout.split()
+    assert where == "RLIMIT_AS"
+    assert 0 < int(count) < 1 << 30
