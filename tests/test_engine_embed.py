@@ -492,10 +492,10 @@ def test_required_symbols_are_those_that_the_engine_uses() -> None:
 
 def test_missing_and_changed_symbols_are_named() -> None:
     bindings = SimpleNamespace(llama_free=SimpleNamespace(argtypes=[1, 2]))
-    problems = backend.missing_symbols(bindings)
+    problems = backend.missing_symbols(bindings, backend._REQUIRED)
     assert "llama_free takes 2 arguments instead of 1" in problems
     assert "llama_decode is missing" in problems
-    assert not backend.missing_symbols(backend.lib)
+    assert not backend.missing_symbols(backend.lib, backend._REQUIRED)
 
 
 def test_native_logs_become_records(caplog: pytest.LogCaptureFixture) -> None:

@@ -111,7 +111,8 @@ def write_projector(path: Path, *, width: int) -> Path:
     random = np.random.default_rng(7)
 
     def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (random.standard_normal(shape) * 0.1).astype(np.float32))
+        # Strong enough for the pixels to matter to what the model says.
+        writer.add_tensor(name, (random.standard_normal(shape) * 0.4).astype(np.float32))
 
     add("v.class_embd", hidden)
     add("v.patch_embd.weight", hidden, 3, patch, patch)

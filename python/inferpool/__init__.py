@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inferpool.config import ChatConfig, EmbedConfig, RerankConfig, Role
+    from inferpool.config import ChatConfig, EmbedConfig, RerankConfig, Role, VisionConfig
     from inferpool.errors import (
         CallCancelled,
         CallError,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from inferpool.messages import (
         ChatDelta,
         ChatResult,
+        PdfPage,
         RerankResult,
         SandboxReport,
         Timings,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "inferpool.config": ["ChatConfig", "EmbedConfig", "RerankConfig", "Role"],
+    "inferpool.config": ["ChatConfig", "EmbedConfig", "RerankConfig", "Role", "VisionConfig"],
     "inferpool.errors": [
         "CallCancelled",
         "CallError",
@@ -76,6 +77,7 @@ _HOMES = {
     "inferpool.messages": [
         "ChatDelta",
         "ChatResult",
+        "PdfPage",
         "RerankResult",
         "SandboxReport",
         "Timings",
@@ -101,6 +103,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFound",
     "PayloadTooLarge",
+    "PdfPage",
     "Pool",
     "PoolClosed",
     "ProtocolError",
@@ -114,6 +117,7 @@ __all__ = [
     "Stream",
     "Timings",
     "Usage",
+    "VisionConfig",
     "WorkerCrashed",
     "WorkerError",
     "WorkerStartError",

@@ -23,6 +23,7 @@ __all__ = [
     "RerankConfig",
     "Role",
     "SandboxLevel",
+    "VisionConfig",
     "cache_dir",
     "library_path",
     "worker_environment",
@@ -135,6 +136,27 @@ class ChatConfig(_LlamaConfig):
         if self.n_ctx is not None:
             _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
         _check_range("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
+        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
+
+
+@dataclass(frozen=True)
+class VisionConfig(_LlamaConfig):
+    """The ``vision`` role: a chat model, the projector that lets it see, and how to run them."""
+
+    model: str
+    """A known name (``"smollm2"``) or a path to a GGUF file."""
+    mmproj: str
+    """Path of the projector's GGUF file, which must have been made for the model."""
+    n_ctx: int = 0
+    """Context length in tokens, images included; 0 takes the length the model was trained with."""
+    n_batch: int = 512
+    """Tokens of a prompt decoded together at most."""
+    chat_template: str | None = None
+    """A jinja template to use in place of the model's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
 
 

@@ -23,6 +23,8 @@ __all__ = [
     "ErrorInfo",
     "JsonSchema",
     "Logprobs",
+    "PdfPage",
+    "PdfRequest",
     "Ready",
     "RerankRequest",
     "RerankResult",
@@ -35,6 +37,7 @@ __all__ = [
     "TokenLogprob",
     "TopLogprob",
     "Usage",
+    "VisionRequest",
     "WorkerArguments",
     "read",
 ]
@@ -61,7 +64,8 @@ def read(fields: Any, message: type[_T]) -> _T:
             if name not in known:
                 raise TypeError(f"{message.__name__} has no option {name!r}")
     try:
-        return msgspec.convert(fields, message)
+        # Bytes come as bytes, never as text in base64.
+        return msgspec.convert(fields, message, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         # "Expected `int`, got `str` - at `$.seed`", where $ is the whole message.
         text = f"{message.__name__}: {error}".replace("`$.", "`").replace(" - at `$`", "")
@@ -299,6 +303,45 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         super().__post_init__()
         if not self.messages:
             raise ValueError("messages must not be empty")
+
+
+class VisionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Images, and a conversation about them; they come before the text of its last turn."""
+
+    images: list[Any]
+    """Bytes of PNG, JPEG or WebP files, or uint8 arrays of shape (height, width, 3)."""
+    chat: ChatRequest
+
+
+class PdfRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A PDF document, and what to ask about each of its pages. The answer is `PdfPage` items."""
+
+    document: bytes
+    chat: ChatRequest
+    password: str | None = None
+    pages: list[int] | None = None
+    dpi: int = 144
+    page_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.dpi <= 1200:
+            raise ValueError(f"dpi must be between 1 and 1200, not {self.dpi}")
+        if self.page_timeout is not None and not self.page_timeout > 0:
+            raise ValueError(f"page_timeout must be above 0, not {self.page_timeout}")
+
+
+class PdfPage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer about one page."""
+
+    page: int
+    """Its number, counted from 1."""
+    total: int
+    """How many pages the document has."""
+    text: str
+    finish_reason: Literal["stop", "length", "timeout"]
+    """``"timeout"``: the page took longer than it may, and the text is what there was by then."""
+    usage: Usage | None
+    """None after a timeout."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

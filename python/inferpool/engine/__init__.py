@@ -14,6 +14,9 @@
     pairs       query, document -> tokens   grammar    GBNF -> which tokens may follow
                                             answer     tokens -> pieces of an answer
                                             text       token bytes -> whole characters
+    images      files, PDF pages -> pixels
+    projector   pixels -> what a language model reads
+    vision      images, messages -> streamed text
     minilm      safetensors -> GGUF
 
 Nothing here knows about processes, channels or frames; the roles do.

@@ -10,6 +10,7 @@ import functools
 import logging
 import threading
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from inferpool.errors import ModelLoadError
@@ -23,7 +24,14 @@ except (AttributeError, OSError, RuntimeError) as error:
         "hint: reinstall llama-cpp-python, and unset LLAMA_CPP_LIB_PATH"
     ) from error
 
-__all__ = ["init_backend", "lib", "model_params", "native_errors"]
+__all__ = [
+    "init_backend",
+    "lib",
+    "missing_symbols",
+    "model_params",
+    "native_bridge",
+    "native_errors",
+]
 
 # What the engine calls, with the number of arguments it passes: ctypes lets surplus
 # arguments through to C, so a changed signature would otherwise go unnoticed.
@@ -137,7 +145,7 @@ class _LogBridge:
 
 _bridge = _LogBridge()
 # The library keeps only the address, so this object must live as long as the process.
-_native_bridge = lib.llama_log_callback(_bridge)
+native_bridge = lib.llama_log_callback(_bridge)
 
 
 def _on_abort(message: bytes | None) -> None:
@@ -160,7 +168,7 @@ def init_backend() -> None:
     Raises:
         ModelLoadError: if the installed llama-cpp-python lacks something the engine needs.
     """
-    problems = missing_symbols(lib)
+    problems = missing_symbols(lib, _REQUIRED)
     if not hasattr(lib._lib, "ggml_set_abort_callback"):
         problems.append("ggml_set_abort_callback is missing")
     if problems:
@@ -168,7 +176,7 @@ def init_backend() -> None:
             f"the installed llama-cpp-python does not fit this version of inferpool: "
             f"{', '.join(problems)}"
         )
-    lib.llama_log_set(_native_bridge, ctypes.c_void_p(0))
+    lib.llama_log_set(native_bridge, ctypes.c_void_p(0))
     # Not bound by llama_cpp, but exported by what it loads.
     lib._lib.ggml_set_abort_callback(_native_on_abort)
     lib.llama_backend_init()
@@ -185,10 +193,15 @@ def model_params() -> lib.llama_model_params:
     return params
 
 
-def missing_symbols(bindings: Any) -> list[str]:
-    """Describe what ``bindings`` lack of what the engine calls; empty when all is there."""
+def missing_symbols(bindings: Any, required: Mapping[str, int]) -> list[str]:
+    """Describe what ``bindings`` lack of what the engine calls; empty when all is there.
+
+    Args:
+        bindings: a module of ctypes functions.
+        required: how many arguments the engine passes, by name of the function.
+    """
     problems = []
-    for name, n_arguments in _REQUIRED.items():
+    for name, n_arguments in required.items():
         function = getattr(bindings, name, None)
         if function is None:
             problems.append(f"{name} is missing")

@@ -12,7 +12,7 @@ from inferpool.engine.backend import lib
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
 from inferpool.engine.prefixes import prefixes_of
-from inferpool.errors import ContextLengthExceeded, ModelLoadError
+from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
 from inferpool.messages import EmbedRequest
 
 __all__ = ["Embedder"]
@@ -83,7 +83,7 @@ class Embedder:
         Raises:
             CallCancelled: if ``abort`` was set.
             ModelError: if llama.cpp can't compute a batch.
-            ContextLengthExceeded, ValueError: as `job` does.
+            ContextLengthExceeded, InvalidRequest: as `job` does.
         """
         return self.finish(self._packer.run(self.job(request, abort)), request)
 
@@ -92,11 +92,11 @@ class Embedder:
 
         Raises:
             ContextLengthExceeded: if a text is over-long and ``truncate`` is off.
-            ValueError: if a text gives no token at all, there is no such prompt name, or vectors
-                have fewer dimensions than asked for.
+            InvalidRequest: if a text gives no token at all, there is no such prompt name, or
+                vectors have fewer dimensions than asked for.
         """
         if request.dimensions is not None and request.dimensions > self.dimension:
-            raise ValueError(
+            raise InvalidRequest(
                 f"dimensions must be at most {self.dimension}, which is what "
                 f"{self._model.path.name} has, not {request.dimensions}"
             )
@@ -126,14 +126,14 @@ class Embedder:
             return self._prefixes[prompt_name]
         except KeyError:
             known = ", ".join(sorted(self._prefixes))
-            raise ValueError(
+            raise InvalidRequest(
                 f"{self._model.path.name} has no prompt named {prompt_name!r}; it has {known}"
             ) from None
 
     def _tokenize(self, index: int, text: str, *, truncate: bool) -> npt.NDArray[np.int32]:
         tokens = self._model.tokenize(text, add_special=True, parse_special=False)
         if not tokens.size:
-            raise ValueError(f"texts[{index}] gives no token, so it has no vector")
+            raise InvalidRequest(f"texts[{index}] gives no token, so it has no vector")
         if len(tokens) <= self.n_ctx:
             return tokens
         if not truncate:

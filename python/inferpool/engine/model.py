@@ -143,6 +143,11 @@ class Model:
         return before, middle, after
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether a prompt begins with BOS."""
+        return self._add_bos
+
+    @property
     def adds_suffix(self) -> bool:
         """Whether ``add_special`` ends a text with a token (``[SEP]``, EOS)."""
         return bool(

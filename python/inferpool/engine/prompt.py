@@ -17,7 +17,7 @@ from inferpool.engine.template import ChatTemplate
 from inferpool.errors import ContextLengthExceeded, ModelLoadError
 from inferpool.messages import ChatMessage, ChatRequest
 
-__all__ = ["Prompt", "PromptBuilder"]
+__all__ = ["Prompt", "PromptBuilder", "grammar_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +102,14 @@ class PromptBuilder:
         budget = self.n_ctx - len(tokens)
         if request.max_tokens is not None:
             budget = min(budget, request.max_tokens)
-        return Prompt(self._model, request, tokens, budget, _grammar(request))
+        return Prompt(self._model, request, tokens, budget, grammar_of(request))
 
 
 def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _grammar(request: ChatRequest) -> Grammar | None:
+def grammar_of(request: ChatRequest) -> Grammar | None:
     """What the answer must keep to by ``grammar`` or ``response_format``."""
     if request.grammar is not None:
         return Grammar(request.grammar)

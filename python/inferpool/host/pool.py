@@ -13,27 +13,45 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from inferpool.config import ChatConfig, EmbedConfig, PoolOptions, RerankConfig, Role
+from inferpool.config import (
+    ChatConfig,
+    EmbedConfig,
+    PoolOptions,
+    RerankConfig,
+    Role,
+    VisionConfig,
+)
 from inferpool.host.calls import Deadline, call, next_item, open_call, ping
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.incarnation import RoleSpec
-from inferpool.host.roles import AsyncChat, AsyncEmbed, AsyncRerank, Chat, Embed, Rerank
+from inferpool.host.roles import (
+    AsyncChat,
+    AsyncEmbed,
+    AsyncRerank,
+    AsyncVision,
+    Chat,
+    Embed,
+    Rerank,
+    Vision,
+)
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import RoleStatus, Supervisor
 from inferpool.messages import READY_KIND
 
 __all__ = ["AsyncPool", "Pool", "RoleLike"]
 
-RoleLike = str | os.PathLike[str] | ChatConfig | EmbedConfig | RerankConfig | Role
+Config = ChatConfig | EmbedConfig | RerankConfig | VisionConfig
+RoleLike = str | os.PathLike[str] | Config | Role
 """What a role can be given as: a model's name or path, a config, or a `Role` of one's own."""
 
 PING_SECONDS = 5.0
 """Default bound of a ping."""
 
-_CONFIGS: Mapping[str, type[ChatConfig | EmbedConfig | RerankConfig]] = {
+_CONFIGS: Mapping[str, type[Config]] = {
     "chat": ChatConfig,
     "embed": EmbedConfig,
     "rerank": RerankConfig,
+    "vision": VisionConfig,
 }
 
 
@@ -93,7 +111,7 @@ def _as_role(name: str, given: RoleLike) -> Role:
             f"{name!r} is no option of a pool and no built-in role ({', '.join(_CONFIGS)}); "
             "a role of your own needs Role(session=..., handlers=...)"
         )
-    if isinstance(given, str | os.PathLike):
+    if isinstance(given, str | os.PathLike) and not issubclass(config_class, VisionConfig):
         given = config_class(os.fspath(given))
     if not isinstance(given, config_class):
         raise TypeError(
@@ -151,7 +169,7 @@ class Pool:
             close_timeout: seconds that workers have to end by themselves.
             wait: ``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins.
             **roles: ``chat=``, ``embed=`` and ``rerank=`` take a model's name or path, or a
-                config; any other name takes a `Role`.
+                config; ``vision=`` takes a config; any other name takes a `Role`.
 
         Raises:
             TypeError: an unknown option, or a role that is given as something else.
@@ -179,6 +197,11 @@ class Pool:
     def rerank(self) -> Rerank:
         """The ``rerank`` role."""
         return Rerank(self._core.supervisor("rerank"), self._driver)
+
+    @property
+    def vision(self) -> Vision:
+        """The ``vision`` role."""
+        return Vision(self._core.supervisor("vision"), self._driver)
 
     def call(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
@@ -314,6 +337,11 @@ class AsyncPool:
     def rerank(self) -> AsyncRerank:
         """The ``rerank`` role."""
         return AsyncRerank(self._core.supervisor("rerank"), self._driver)
+
+    @property
+    def vision(self) -> AsyncVision:
+        """The ``vision`` role."""
+        return AsyncVision(self._core.supervisor("vision"), self._driver)
 
     async def call(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None

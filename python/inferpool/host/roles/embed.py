@@ -8,9 +8,8 @@ from typing import TypedDict, Unpack
 import numpy as np
 
 from inferpool.errors import ProtocolError
-from inferpool.host.calls import Driver, Steps
+from inferpool.host.calls import Driver, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
-from inferpool.host.roles.ask import ask
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import EmbedRequest, read
 
@@ -60,7 +59,7 @@ class Embed:
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` is off.
             TypeError: `texts` is no sequence of str, or an unknown option.
-            ValueError: more dimensions than the model has, no such prompt, or a text that
+            InvalidRequest: more dimensions than the model has, no such prompt, or a text that
                 gives no token.
         """
         request = _request(texts, prompt_name, options)
@@ -130,7 +129,7 @@ def _request(texts: Sequence[str], prompt_name: str | None, options: EmbedOption
 def _embed(
     supervisor: Supervisor, driver: Driver, request: EmbedRequest, timeout: float | None
 ) -> Steps[np.ndarray]:
-    vectors = yield from ask(supervisor, driver, "embed", request, timeout)
+    vectors = yield from call(supervisor, driver, "embed", request, timeout)
     if not isinstance(vectors, np.ndarray):
         raise ProtocolError(f"not an array of embeddings: {type(vectors).__name__}")
     return vectors

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferpool.host.calls import Driver, Steps
+from inferpool.host.calls import Driver, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
-from inferpool.host.roles.ask import ask
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import RerankRequest, RerankResult, read
 
@@ -95,5 +94,5 @@ def _request(
 def _rerank(
     supervisor: Supervisor, driver: Driver, request: RerankRequest, timeout: float | None
 ) -> Steps[list[RerankResult]]:
-    items = yield from ask(supervisor, driver, "rerank", request, timeout)
+    items = yield from call(supervisor, driver, "rerank", request, timeout)
     return read(items, list[RerankResult])

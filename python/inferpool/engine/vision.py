@@ -1,0 +1,196 @@
+"""Images and a prompt to streamed text, one request at a time."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from inferpool.engine.abort import AbortToken
+from inferpool.engine.answer import AnswerParser
+from inferpool.engine.context import Batch, Context
+from inferpool.engine.images import Pixels
+from inferpool.engine.model import Model
+from inferpool.engine.projector import Chunks, Projector
+from inferpool.engine.prompt import grammar_of
+from inferpool.engine.sampler import Sampler
+from inferpool.engine.template import ChatTemplate
+from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
+from inferpool.messages import ChatDelta, ChatRequest, FinishReason, Timings, Usage
+
+__all__ = ["VisionEngine"]
+
+
+class VisionEngine:
+    """Answers requests about images, each to its end before the next.
+
+    Attributes:
+        n_ctx: tokens of prompt, images and answer together at most.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        projector: Projector,
+        *,
+        n_ctx: int = 0,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        flash_attn: bool = True,
+        chat_template: str | None = None,
+    ) -> None:
+        """Prepare ``model`` and ``projector``, which stay the caller's to close.
+
+        Args:
+            model: a generative model.
+            projector: its vision encoder.
+            n_ctx: context length in tokens; 0 takes the length the model was trained with.
+            n_batch: tokens of a prompt decoded together at most.
+            n_threads: None takes the CPUs this process may run on.
+            flash_attn: whether to use flash attention.
+            chat_template: jinja text to use in place of the model's own.
+
+        Raises:
+            ModelLoadError: if there is no usable chat template, the model generates no text
+                from a prompt alone, or memory is short.
+        """
+        source = chat_template or model.chat_template
+        if source is None:
+            raise ModelLoadError(
+                f"{model.path.name} has no chat template. hint: pass chat_template="
+            )
+        self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
+        self._model = model
+        self._projector = projector
+        self.n_ctx = n_ctx or model.n_ctx_train
+        self._context = Context(
+            model,
+            n_ctx=self.n_ctx,
+            n_batch=min(n_batch, self.n_ctx),
+            n_threads=n_threads,
+            flash_attn=flash_attn,
+        )
+        if model.has_encoder or not self._context.has_memory:
+            self._context.close()
+            raise ModelLoadError(f"{model.path.name} does not continue a text: not a chat model")
+        self._batch = Batch(self._context.n_batch)
+
+    def close(self) -> None:
+        """Free the context. Closing twice is harmless."""
+        self._context.close()
+
+    def stream(
+        self, images: Sequence[Pixels], request: ChatRequest, *, abort: AbortToken | None = None
+    ) -> Iterator[ChatDelta]:
+        """Answer ``request`` about ``images`` piece by piece; the last piece says why it ended.
+
+        The images come before the text of the last turn, in their order.
+
+        Raises:
+            ContextLengthExceeded: if prompt and images leave no room for an answer.
+            InvalidRequest: if an image can't be used, or the chat template drops it or refuses the
+                messages.
+            CallCancelled: if ``abort`` was set.
+            ModelError: if llama.cpp or the chat template fails.
+        """
+        started = time.perf_counter()
+        with (
+            self._projector.tokenize(self._parts(images, request)) as chunks,
+            closing(Sampler(request, self._model, grammar_of(request))) as sampler,
+        ):
+            n_prompt = self._measure(chunks)
+            budget = self.n_ctx - n_prompt
+            if request.max_tokens is not None:
+                budget = min(budget, request.max_tokens)
+            parser = AnswerParser(request)
+            n_completion = 0
+            reason: FinishReason = "stop"
+            first = last = started
+            for token in self._generate(chunks, sampler, abort):
+                last = time.perf_counter()
+                first = first if n_completion else last
+                if self._model.is_eog(token):
+                    break
+                n_completion += 1
+                delta = parser.push(self._model.piece(token), sampler.logprob)
+                if delta is not None:
+                    yield delta
+                if parser.stopped:
+                    break
+                if n_completion == budget:
+                    reason = "length"
+                    break
+        usage = Usage(
+            prompt_tokens=n_prompt,
+            completion_tokens=n_completion,
+            total_tokens=n_prompt + n_completion,
+        )
+        timings = Timings(prompt_seconds=first - started, completion_seconds=last - first)
+        yield msgspec.structs.replace(parser.finish(reason), usage=usage, timings=timings)
+
+    def _parts(self, images: Sequence[Pixels], request: ChatRequest) -> list[str | Pixels]:
+        # No text can spell out a marker that it doesn't know.
+        marker = f"<image {secrets.token_hex(16)}>"
+        turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]
+        turns[-1]["content"] = marker * len(images) + turns[-1]["content"]
+        prompt = self._template.render(turns)
+        if self._model.adds_bos and not prompt.startswith(self._model.bos):
+            prompt = self._model.bos + prompt
+        texts = prompt.split(marker)
+        if len(texts) != len(images) + 1 or not texts[-1]:
+            raise InvalidRequest("the chat template drops the images, or ends with one")
+        parts: list[str | Pixels] = [texts[0]]
+        for image, text in zip(images, texts[1:], strict=True):
+            parts += [image, text]
+        return [part for part in parts if not isinstance(part, str) or part]
+
+    def _measure(self, chunks: Chunks) -> int:
+        n_prompt = sum(chunk.n_tokens for chunk in chunks)
+        n_images = sum(chunk.n_tokens for chunk in chunks if chunk.tokens is None)
+        if n_prompt + 1 > self.n_ctx:
+            raise ContextLengthExceeded(
+                f"the prompt has {n_prompt} tokens, {n_images} of them for images, and the answer "
+                f"needs at least 1, the context holds {self.n_ctx}",
+                asked=n_prompt,
+                images=n_images,
+                context=self.n_ctx,
+                response_budget=1,
+            )
+        return n_prompt
+
+    def _generate(
+        self, chunks: Chunks, sampler: Sampler, abort: AbortToken | None
+    ) -> Iterator[int]:
+        """Token after token of the answer, without end; the last result is always unread."""
+        with self._context.interruptible(abort), self._projector.interruptible(abort):
+            self._context.clear()
+            position = 0
+            for chunk in chunks:
+                if chunk.tokens is None:
+                    self._projector.decode(self._context, chunk, position)
+                else:
+                    self._decode(chunk.tokens, position)
+                position += chunk.n_positions
+            sampler.accept_prompt(
+                np.concatenate([chunk.tokens for chunk in chunks if chunk.tokens is not None])
+            )
+            while True:
+                token = sampler.sample(self._context)
+                yield token
+                self._decode(np.array([token], np.int32), position)
+                position += 1
+
+    def _decode(self, tokens: npt.NDArray[np.int32], position: int) -> None:
+        """Decode text; the result of its last token can be read afterwards."""
+        n_batch = self._context.n_batch
+        for start in range(0, len(tokens), n_batch):
+            self._batch.clear()
+            piece = tokens[start : start + n_batch]
+            self._batch.add(piece, start=position + start, output=False)
+            self._batch.want_last()
+            self._context.decode(self._batch)

@@ -1,0 +1,236 @@
+"""The ``vision`` role as `Pool` and `AsyncPool` offer it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
+
+import numpy as np
+
+from inferpool.host.calls import Driver, Steps, call, open_call
+from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.roles.chat import Messages, Sampling
+from inferpool.host.stream import AsyncStream, Stream
+from inferpool.host.supervisor import Supervisor
+from inferpool.messages import (
+    ChatDelta,
+    ChatRequest,
+    ChatResult,
+    PdfPage,
+    PdfRequest,
+    VisionRequest,
+    read,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    AnImage: TypeAlias = bytes | str | os.PathLike[str] | np.ndarray | Image.Image
+
+__all__ = ["AsyncVision", "PdfOptions", "Vision"]
+
+
+class PdfOptions(Sampling, total=False):
+    """How to read a PDF document, and sampling options as for chat."""
+
+    pages: Iterable[int] | None
+    """Numbers of the pages to read, counted from 1, such as ``range(3, 6)``; default: all."""
+    page_timeout: float | None
+    """Seconds that a page may take. What there is of its text by then is its result, with
+    ``finish_reason="timeout"``, and the next page follows."""
+    password: str | None
+    """What opens an encrypted document."""
+    dpi: int
+    """Default 144: pixels per inch of the rasterised page."""
+
+
+_PDF_OPTIONS = frozenset(PdfOptions.__annotations__) - frozenset(Sampling.__annotations__)
+
+
+class Vision:
+    """The ``vision`` role of a `Pool`."""
+
+    def __init__(self, supervisor: Supervisor, driver: ThreadDriver) -> None:
+        self._supervisor = supervisor
+        self._driver = driver
+
+    def __call__(
+        self,
+        image: AnImage | Sequence[AnImage],
+        prompt: Messages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Sampling],
+    ) -> ChatResult:
+        """Answer a prompt about an image, or several.
+
+        Args:
+            image: the bytes of a PNG, JPEG or WebP file, its path, a PIL image, or a uint8 array
+                of shape (height, width, 3); or a sequence of these, which come before the text
+                of the prompt, in their order. The files are read here, and parsed in the worker.
+            prompt: what to ask, or turns with ``role`` and ``content``; the images belong to the
+                last one.
+            timeout: seconds until `CallTimeout`.
+            **options: sampling options, as for chat.
+
+        Raises:
+            InvalidRequest: an image can't be decoded, or has over 2**26 pixels.
+            ContextLengthExceeded: prompt and images do not fit into the model's context.
+            TypeError: an image of another type, or an unknown option.
+            OSError: a file can't be read.
+        """
+        request = _request(image, prompt, options)
+        return self._driver.run(_vision(self._supervisor, self._driver, request, timeout))
+
+    def stream(
+        self,
+        image: AnImage | Sequence[AnImage],
+        prompt: Messages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Sampling],
+    ) -> Stream[ChatDelta]:
+        """As a plain call, piece by piece. Closing the stream, or dropping it, stops the model."""
+        request = _request(image, prompt, options)
+        opening = partial(open_call, self._supervisor, self._driver, "vision.stream", request)
+        return Stream(self._driver, opening, timeout, _deltas)
+
+    def pdf(
+        self,
+        document: bytes | str | os.PathLike[str],
+        prompt: Messages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[PdfOptions],
+    ) -> Stream[PdfPage]:
+        """Ask the same about each page of a PDF document, and get each answer once it is there.
+
+        Args:
+            document: the bytes of the file, or its path.
+            prompt: what to ask, as for a plain call.
+            timeout: seconds until `CallTimeout`, for all pages together.
+            **options: see `PdfOptions`.
+
+        Returns:
+            A stream of `PdfPage`: ``page``, ``total``, ``text``. Closing it, or dropping it, stops
+            the model, also within a page.
+
+        Raises:
+            InvalidRequest: the document is broken or encrypted, or has no such page.
+            TypeError, ValueError: an unknown option, or one out of range.
+            OSError: the file can't be read.
+        """
+        request = _pdf_request(document, prompt, options)
+        opening = partial(open_call, self._supervisor, self._driver, "vision.pdf", request)
+        return Stream(self._driver, opening, timeout, _pages)
+
+
+class AsyncVision:
+    """The ``vision`` role of an `AsyncPool`."""
+
+    def __init__(self, supervisor: Supervisor, driver: LoopDriver) -> None:
+        self._supervisor = supervisor
+        self._driver = driver
+
+    async def __call__(
+        self,
+        image: AnImage | Sequence[AnImage],
+        prompt: Messages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Sampling],
+    ) -> ChatResult:
+        """As `Vision.__call__`."""
+        request = _request(image, prompt, options)
+        return await self._driver.run(_vision(self._supervisor, self._driver, request, timeout))
+
+    def stream(
+        self,
+        image: AnImage | Sequence[AnImage],
+        prompt: Messages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[Sampling],
+    ) -> AsyncStream[ChatDelta]:
+        """As `Vision.stream`, for ``async for``. The request is sent with the first item."""
+        request = _request(image, prompt, options)
+        opening = partial(open_call, self._supervisor, self._driver, "vision.stream", request)
+        return AsyncStream(self._driver, opening, timeout, _deltas)
+
+    def pdf(
+        self,
+        document: bytes | str | os.PathLike[str],
+        prompt: Messages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[PdfOptions],
+    ) -> AsyncStream[PdfPage]:
+        """As `Vision.pdf`, for ``async for``. The request is sent with the first item."""
+        request = _pdf_request(document, prompt, options)
+        opening = partial(open_call, self._supervisor, self._driver, "vision.pdf", request)
+        return AsyncStream(self._driver, opening, timeout, _pages)
+
+
+def _request(
+    image: AnImage | Sequence[AnImage], prompt: Messages, options: Sampling
+) -> VisionRequest:
+    images = [_image(each) for each in (image if isinstance(image, list | tuple) else [image])]
+    return VisionRequest(images=images, chat=_chat(prompt, options))
+
+
+def _pdf_request(
+    document: bytes | str | os.PathLike[str], prompt: Messages, options: PdfOptions
+) -> PdfRequest:
+    sampling: dict[str, Any] = dict(options)
+    own = {name: sampling.pop(name) for name in _PDF_OPTIONS if name in sampling}
+    if own.get("pages") is not None:
+        own["pages"] = list(own["pages"])
+    data = document if isinstance(document, bytes) else Path(document).read_bytes()
+    chat = _chat(prompt, sampling)
+    return read({"document": data, "chat": chat, **own}, PdfRequest)
+
+
+def _chat(prompt: Messages, options: Any) -> ChatRequest:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return read({"messages": messages, **options}, ChatRequest)
+
+
+def _image(image: Any) -> bytes | np.ndarray:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(
+                "an image array must be uint8 of shape (height, width, 3), not "
+                f"{image.dtype} of shape {image.shape}"
+            )
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    pillow = sys.modules.get("PIL.Image")  # whoever has an image of it has imported it
+    if pillow is not None and isinstance(image, pillow.Image):
+        return np.asarray(image.convert("RGB"))
+    raise TypeError(
+        "an image must be bytes, a path, a PIL image or an array, not " + type(image).__name__
+    )
+
+
+def _vision(
+    supervisor: Supervisor, driver: Driver, request: VisionRequest, timeout: float | None
+) -> Steps[ChatResult]:
+    payload = yield from call(supervisor, driver, "vision", request, timeout)
+    return read(payload, ChatResult)
+
+
+def _deltas(items: Sequence[Any]) -> Sequence[ChatDelta]:
+    return [read(item, ChatDelta) for item in items]
+
+
+def _pages(items: Sequence[Any]) -> Sequence[PdfPage]:
+    return [read(item, PdfPage) for item in items]
