@@ -110,7 +110,12 @@ MUTANTS = [
     Mutant("ring.rs", " || space as u64 > self.tail - self.head", "", "hostile"),
     Mutant("ring.rs", "if space != capacity - offset {", "if false {", "hostile"),
     Mutant("record.rs", "_ => return Err(Violation::Kind),", "_ => Self::Data,", "hostile"),
-    Mutant("record.rs", "if header.flags & !(FIRST | LAST) != 0 {", "if false {", "hostile"),
+    Mutant(
+        "record.rs",
+        "if header.flags & !(FIRST | LAST | for_requests) != 0 {",
+        "if false {",
+        "hostile",
+    ),
     Mutant("record.rs", "if u64::from(header.length) > header.total {", "if false {", "hostile"),
     Mutant(
         "assemble.rs", "if partial.filled + length > partial.body.len() {", "if false {", "hostile"
@@ -129,7 +134,7 @@ MUTANTS = [
     Mutant("body.rs", "if end != body.len() {", "if false {", "properties"),
     Mutant(
         "calls.rs",
-        "if !matches!(header.kind, Kind::Data | Kind::End | Kind::Error) {",
+        "if matches!(header.kind, Kind::Pad | Kind::Request) {",
         "if false {",
         "hostile",
     ),

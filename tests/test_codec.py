@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from conftest import echo_role
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from inferpool import ProtocolError, codec
+from inferpool import Pool, ProtocolError, codec
+from inferpool._transport import Call, HostChannel, LoopNotifier
 
 ARRAYS = npst.arrays(
     dtype=st.one_of(
@@ -67,8 +70,10 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def as_received(parts: list[codec.Buffer]) -> list[codec.Buffer]:
-    """The parts as they come out of a frame: views of fresh memory."""
+def as_received(parts: codec.Parts) -> codec.Parts:
+    """The parts as they come out of a frame: plain ones, or views of fresh memory."""
+    if isinstance(parts, tuple):
+        return parts
     return [memoryview(bytearray(memoryview(part))) for part in parts]
 
 
@@ -134,9 +139,74 @@ def test_other_types_are_refused_by_name(payload: Any) -> None:
 def test_values_that_cannot_be_encoded_are_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)
-    for payload in (1 << 64, "\ud800", {"\ud800": 1}, loop):
+    for payload in ([1 << 64], ["\ud800"], {"\ud800": 1}, loop):
         with pytest.raises(ValueError, match="payload"):
             codec.encode("", payload)
+
+
+class Echo:
+    """What a worker sends back, down to the bytes of a message."""
+
+    def __init__(self, pool: Pool) -> None:
+        incarnation = pool.start()._core.supervisor("echo").at_hand
+        assert incarnation is not None
+        self.channel: HostChannel = incarnation.channel
+        self.notifier = LoopNotifier()
+
+    def call(self, parts: codec.Parts) -> Call:
+        return self.channel.open(parts, self.notifier)
+
+    def raw(self, parts: codec.Parts) -> bytes:
+        """The answer as msgpack."""
+        call = self.call(parts)
+        while (array := call.poll_messages()) is None:
+            self.channel.look(self.notifier)
+        return array.removeprefix(b"\xdd\0\0\0\1")
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[Echo]:
+    with Pool(echo=echo_role()) as pool:
+        yield Echo(pool)
+
+
+PLAIN = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    *(
+        st.sampled_from([sign * (1 << bits) + off for off in (-1, 0, 1) for sign in (-1, 1)])
+        for bits in (5, 7, 8, 15, 16, 31, 32, 62)
+    ),
+    st.floats(),
+    st.text(max_size=300),
+    st.binary(max_size=300),
+    st.sampled_from([b"x" * 255, b"x" * 256, "x" * 31, "x" * 32, "x" * 4_000]),
+)
+
+
+@given(payload=PLAIN)
+def test_plain_messages_are_those_of_msgspec(echo: Echo, payload: Any) -> None:
+    encoded = message(["echo", payload])
+    # The worker decodes what it gets, and encodes its answer anew.
+    for parts in (("echo", payload), [encoded]):
+        assert echo.raw(parts) == encoded
+        kind, received = codec.decode(echo.call(parts).next().parts)
+        assert (kind, type(received)) == ("echo", type(payload))
+        assert same(received, payload)
+
+
+def test_plain_values_that_cannot_be_encoded_are_refused(echo: Echo) -> None:
+    for payload in (1 << 64, -(1 << 63) - 1, "\ud800"):
+        with pytest.raises(ValueError, match="payload"):
+            echo.call(("echo", payload))
+        with pytest.raises(ValueError, match="payload"):
+            echo.channel.ask(("echo", payload))
+    for parts in ((1, 2), ("echo", []), ("echo", np.float64(1)), ("echo",)):
+        with pytest.raises((TypeError, ValueError)):
+            echo.call(parts)
+    # None of these has left anything behind.
+    assert echo.channel.in_flight() == []
 
 
 def message(value: Any) -> bytes:
@@ -181,8 +251,17 @@ def test_malformed_frames_are_a_protocol_error(parts: list[codec.Buffer]) -> Non
 
 @given(data=st.binary(max_size=200), part=st.binary(max_size=64))
 def test_foreign_bytes_decode_or_are_a_protocol_error(data: bytes, part: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
-        codec.decode([data, part])
+    for parts in ([data], [data, part]):
+        with contextlib.suppress(ProtocolError):
+            codec.decode(parts)
+
+
+@given(data=st.binary(max_size=40), plain=PLAIN, cut=st.integers(0, 40))
+def test_a_worker_survives_foreign_bytes(echo: Echo, data: bytes, plain: Any, cut: int) -> None:
+    for foreign in (data, b"\x92\xa4echo" + data, message(["echo", plain])[:cut] + data):
+        events = echo.call([foreign])
+        assert events.next(10).kind in ("data", "error")
+    assert echo.raw(("echo", 1)) == message(["echo", 1])
 
 
 def test_a_message_of_another_type_is_a_protocol_error() -> None:

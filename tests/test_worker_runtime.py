@@ -41,7 +41,7 @@ class FakeToken:
 class FakeRequest:
     """Records what becomes of a request."""
 
-    def __init__(self, parts: Sequence[codec.Buffer]) -> None:
+    def __init__(self, parts: codec.Parts) -> None:
         self.parts = parts
         self.call = 1
         self.abort = FakeToken()
@@ -49,14 +49,14 @@ class FakeRequest:
         self.sent: list[Any] = []
         self.outcome: list[str] = []
 
-    def send(self, parts: Sequence[codec.Buffer]) -> None:
+    def send(self, parts: codec.Parts) -> None:
         self.sent.append(codec.decode(parts))
 
-    def try_send(self, parts: Sequence[codec.Buffer]) -> bool:
+    def try_send(self, parts: codec.Parts) -> bool:
         self.send(parts)
         return True
 
-    def fail(self, parts: Sequence[codec.Buffer]) -> None:
+    def fail(self, parts: codec.Parts) -> None:
         self.outcome.append(codec.decode(parts)[1]["type_name"])
 
     def end(self) -> None:
@@ -134,7 +134,7 @@ def test_a_request_given_up_half_sent_is_ended_unserved() -> None:
 
 
 def test_a_request_that_cannot_be_decoded_is_answered_and_the_loop_goes_on() -> None:
-    broken, good = FakeRequest([b"\xc1"]), FakeRequest(codec.encode("echo", 1))
+    broken, good = FakeRequest(b"\xc1"), FakeRequest(codec.encode("echo", 1))
 
     def echo(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
         reply.send("echo", payload)

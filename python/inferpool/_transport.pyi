@@ -6,9 +6,7 @@ errors of `inferpool.errors`; `PeerDied` stands for the death of the process at 
 """
 
 from collections.abc import Sequence
-from typing import Literal, final
-
-from typing_extensions import Buffer
+from typing import Any, Literal, TypeAlias, final
 
 __all__ = [
     "AbortToken",
@@ -24,6 +22,10 @@ __all__ = [
     "confine",
     "restrain",
 ]
+
+_Parts: TypeAlias = tuple[str, Any] | list[Any]
+"""Kind and payload, if that is None, a bool, int, float, str or bytes, which are encoded and
+decoded here; or a message and the C-contiguous buffers beside it, as they are."""
 
 @final
 class AbortToken:
@@ -86,8 +88,8 @@ class Event:
         """One item of the answer, or how the call ended."""
 
     @property
-    def parts(self) -> tuple[bytes | memoryview, ...]:
-        """Parts of ``"data"`` and ``"error"``: a short message, views of one `Body`."""
+    def parts(self) -> _Parts:
+        """Of ``"data"`` and ``"error"``; buffers are views of one `Body`, but a short message."""
 
     @property
     def progress(self) -> Progress | None:
@@ -191,14 +193,24 @@ class HostChannel:
     def descriptors(self) -> list[int]:
         """What an event loop should watch; when one is readable, call `look`."""
 
-    def open(self, parts: Sequence[Buffer], notifier: LoopNotifier | None = None) -> Call:
+    def open(self, parts: _Parts, notifier: LoopNotifier | None = None) -> Call:
         """Make a call whose request has these parts, and send it if that takes no waiting.
 
         Otherwise `Call.sent` is false, and `Call.send` or `Call.try_send` goes on.
 
         Args:
-            parts: C-contiguous buffers of bytes; they are held until the request is out.
+            parts: what the request holds; buffers are held until it is out.
             notifier: told when the call has something, if an event loop will wait for it.
+        """
+
+    def ask(self, parts: _Parts, notifier: LoopNotifier | None = None) -> _Parts | Call | None:
+        """As `open`, and spin for the answer for at most 5 µs, as long as that pays.
+
+        The GIL is kept meanwhile.
+
+        Returns:
+            The parts of an answer that is one item and a good end, as in `Event`; otherwise the
+            call. None, and there is no call, if to send it would take waiting or fails.
         """
 
     def ping(self, notifier: LoopNotifier | None = None) -> Call:
@@ -234,7 +246,7 @@ class Request:
     """One request in the worker, and where its answer goes."""
 
     @property
-    def parts(self) -> tuple[bytes | memoryview, ...]:
+    def parts(self) -> _Parts:
         """Parts of the frame, as in `Event`; empty when the host gave the request up half sent."""
 
     @property
@@ -249,7 +261,7 @@ class Request:
     def cancelled(self) -> bool:
         """Whether this call was given up."""
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: _Parts) -> None:
         """Send one item of the answer, waiting while the reader is behind.
 
         Raises:
@@ -258,10 +270,10 @@ class Request:
             PayloadTooLarge: the item is above the frame limit.
         """
 
-    def try_send(self, parts: Sequence[Buffer]) -> bool:
+    def try_send(self, parts: _Parts) -> bool:
         """As `send`, but false where that would wait; then try again with the same parts."""
 
-    def fail(self, parts: Sequence[Buffer]) -> None:
+    def fail(self, parts: _Parts) -> None:
         """End the call with an error that these parts describe."""
 
     def end(self) -> None:

@@ -23,11 +23,15 @@ import numpy as np
 
 from inferpool.errors import ProtocolError
 
-__all__ = ["Buffer", "decode", "decode_as", "decode_messages", "encode"]
+__all__ = ["Buffer", "Parts", "decode", "decode_as", "decode_messages", "encode"]
 
 T = TypeVar("T")
 
 Buffer = bytes | memoryview | np.ndarray
+
+Parts = tuple[str, Any] | list[Any]
+"""What a frame holds: kind and a plain payload, which the transport encodes and decodes by itself,
+or a message and the buffers beside it."""
 
 # Codes of msgpack's extension type.
 _BYTES = 1
@@ -43,16 +47,17 @@ _DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\d{0,9}[a-zA-Z]{1,7}\])?")
 _encode_message = msgspec.msgpack.Encoder().encode
 
 
-def encode(kind: str, payload: Any) -> list[Buffer]:
+def encode(kind: str, payload: Any) -> Parts:
     """Encode a payload of the given kind into the parts of a frame.
 
     Raises:
         TypeError: the payload holds something that is not in the list above.
         ValueError: an int above 64 bits, a lone surrogate in a str, or nesting too deep.
     """
+    cls = type(payload)
+    if (len(payload) < _INLINE_BYTES) if cls is bytes else (cls in _PLAIN):
+        return kind, payload
     try:
-        if type(payload) in _PLAIN or (type(payload) is bytes and len(payload) < _INLINE_BYTES):
-            return [_encode_message((kind, payload))]
         parts: list[Buffer] = [b""]
         parts[0] = _encode_message((kind, _pack(payload, parts)))
     except (OverflowError, UnicodeEncodeError) as error:
@@ -62,12 +67,14 @@ def encode(kind: str, payload: Any) -> list[Buffer]:
     return parts
 
 
-def decode(parts: Sequence[Buffer]) -> tuple[str, Any]:
+def decode(parts: Parts) -> tuple[str, Any]:
     """Decode the parts of a frame into kind and payload. Arrays are views of their part.
 
     Raises:
         ProtocolError: the parts are not what `encode` makes.
     """
+    if isinstance(parts, tuple):
+        return parts
     try:
         if len(parts) == 1:
             return _decode_lone(parts[0])
@@ -90,7 +97,7 @@ def decode_messages(array: bytes) -> list[tuple[str, Any]]:
         raise ProtocolError(f"undecodable payload: {error}") from error
 
 
-def decode_as(parts: Sequence[Buffer], message: type[T]) -> T:
+def decode_as(parts: Parts, message: type[T]) -> T:
     """Decode the parts of a frame whose payload is a message of the given type.
 
     Raises:

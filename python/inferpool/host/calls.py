@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from inferpool import codec
 from inferpool._transport import Call, Event, LoopNotifier
+from inferpool.codec import encode
 from inferpool.errors import CallTimeout, PeerDied, ProtocolError, QueueFull
 from inferpool.host.incarnation import Incarnation, remote_error
 from inferpool.host.supervisor import Supervisor
@@ -29,6 +30,7 @@ __all__ = [
     "open_call",
     "ping",
     "ready_items",
+    "try_call",
 ]
 
 T = TypeVar("T")
@@ -158,12 +160,42 @@ def ready_items(opened: OpenCall) -> Sequence[Any] | None:
         raise opened.incarnation.explain(error) from error
 
 
-def call(
+def try_call(
     supervisor: Supervisor, driver: Driver, kind: str, payload: Any, timeout: float | None
+) -> tuple[Any] | OpenCall | None:
+    """Begin a call, and end it too if its answer is there within microseconds, in a tuple of one.
+
+    The path of short calls, on which Python takes most of the time: it is kept as short as can
+    be. None when there is no worker at hand that takes the request at once; then, as with
+    anything but a plain answer, the steps of `call` go on.
+    """
+    incarnation = supervisor.at_hand
+    if incarnation is None or (timeout is not None and not timeout > 0):
+        return None
+    try:
+        answer = incarnation.channel.ask(encode(kind, payload), driver.notifier(incarnation))
+        if isinstance(answer, tuple):
+            return (answer[1],)
+        if isinstance(answer, list):
+            return (codec.decode(answer)[1],)
+    except ProtocolError as error:
+        raise incarnation.explain(error) from error
+    return None if answer is None else OpenCall(supervisor, incarnation, answer)
+
+
+def call(
+    supervisor: Supervisor,
+    driver: Driver,
+    kind: str,
+    payload: Any,
+    timeout: float | None,
+    *,
+    opened: OpenCall | None = None,
 ) -> Steps[Any]:
-    """Make a call whose answer is one item, or none, which gives None."""
+    """Make a call whose answer is one item, or none, which gives None; or go on with `opened`."""
     deadline = Deadline(timeout)
-    opened = yield from open_call(supervisor, driver, kind, payload, deadline)
+    if opened is None:
+        opened = yield from open_call(supervisor, driver, kind, payload, deadline)
     try:
         item = yield from next_item(opened, deadline)
         if item is None:

@@ -13,6 +13,9 @@ from inferpool.host.incarnation import Incarnation
 
 __all__ = ["LoopDriver", "ThreadDriver"]
 
+BREATH = 64
+"""Calls answered at once, between two rounds of an event loop: a fraction of a millisecond."""
+
 T = TypeVar("T")
 _Told = asyncio.Future[None]
 
@@ -52,6 +55,7 @@ class LoopDriver:
 
     def __init__(self) -> None:
         self._watchers: dict[tuple[asyncio.AbstractEventLoop, HostChannel], _Watcher] = {}
+        self._breath = 0
 
     def notifier(self, incarnation: Incarnation) -> LoopNotifier | None:
         """The notifier of the running loop for this worker."""
@@ -71,6 +75,12 @@ class LoopDriver:
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+    async def breathe(self) -> None:
+        """Let the loop go round every now and then, after calls that never had to wait."""
+        self._breath += 1
+        if self._breath % BREATH == 0:
+            await asyncio.sleep(0)
 
     def _watcher(self, channel: HostChannel) -> _Watcher:
         key = (asyncio.get_running_loop(), channel)

@@ -21,7 +21,7 @@ from inferpool.config import (
     Role,
     VisionConfig,
 )
-from inferpool.host.calls import Deadline, call, next_item, open_call, ping
+from inferpool.host.calls import Deadline, call, next_item, open_call, ping, try_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.incarnation import RoleSpec
 from inferpool.host.roles import (
@@ -224,7 +224,12 @@ class Pool:
             TypeError, ValueError: the payload cannot travel, or there is no such role.
         """
         supervisor = self._core.supervisor(role)
-        return self._driver.run(call(supervisor, self._driver, kind, payload, timeout))
+        answer = try_call(supervisor, self._driver, kind, payload, timeout)
+        if isinstance(answer, tuple):
+            return answer[0]
+        return self._driver.run(
+            call(supervisor, self._driver, kind, payload, timeout, opened=answer)
+        )
 
     def stream(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
@@ -348,7 +353,13 @@ class AsyncPool:
     ) -> Any:
         """As `Pool.call`."""
         supervisor = self._core.supervisor(role)
-        return await self._driver.run(call(supervisor, self._driver, kind, payload, timeout))
+        answer = try_call(supervisor, self._driver, kind, payload, timeout)
+        if isinstance(answer, tuple):
+            await self._driver.breathe()
+            return answer[0]
+        return await self._driver.run(
+            call(supervisor, self._driver, kind, payload, timeout, opened=answer)
+        )
 
     def stream(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None

@@ -48,7 +48,8 @@ class Supervisor:
     def __init__(self, spec: RoleSpec) -> None:
         self.spec = spec
         self._lock = threading.Lock()
-        self._incarnation: Incarnation | None = None
+        self.at_hand: Incarnation | None = None
+        """The worker that may get a call without another question, see `calls.try_call`."""
         self._count = 0
         self._closed = False
         # Of the workers before this one.
@@ -61,41 +62,41 @@ class Supervisor:
             PoolClosed: `close` was called.
             WorkerStartError: the process could not be started.
         """
-        current = self._incarnation
+        current = self.at_hand
         if current is not None and not current.ended:
             return current
         with self._lock:
             if self._closed:
                 raise PoolClosed("the pool is closed")
-            current = self._incarnation
+            current = self.at_hand
             if current is None or not current.alive:
                 if current is not None:
                     self._end(current)
                 self._count += 1
-                current = self._incarnation = Incarnation(self.spec, self._count)
+                current = self.at_hand = Incarnation(self.spec, self._count)
             return current
 
     def replace(self, incarnation: Incarnation) -> None:
         """Take note that a worker died before it took a call."""
         with self._lock:
-            if self._incarnation is incarnation:
+            if self.at_hand is incarnation:
                 self._end(incarnation)
 
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were."""
-        current = self._incarnation
+        current = self.at_hand
         return 0 if current is None else current.cancel_all()
 
     def ask_to_end(self) -> None:
         """Refuse calls from now on, fail those in flight, and tell the worker to end."""
         with self._lock:
             self._closed = True
-            if self._incarnation is not None:
-                self._incarnation.ask_to_end()
+            if self.at_hand is not None:
+                self.at_hand.ask_to_end()
 
     def end(self, timeout: float) -> None:
         """After `ask_to_end`: make sure that the worker has ended within `timeout` seconds."""
-        current = self._incarnation
+        current = self.at_hand
         if current is not None:
             self._end(current, timeout)
 
@@ -103,11 +104,11 @@ class Supervisor:
         incarnation.end(timeout)
         self._counters.update(incarnation.channel.counters())
         # Its memory and descriptors go, even if a closed pool is kept.
-        self._incarnation = None
+        self.at_hand = None
 
     def status(self) -> RoleStatus:
         """See `RoleStatus`."""
-        current = self._incarnation
+        current = self.at_hand
         if current is None or self._closed:
             state = "stopped"
         elif not current.alive:

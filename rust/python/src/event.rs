@@ -8,8 +8,9 @@ use inferpool_transport::{Body, Error, Event, Frame, Outcome};
 use pyo3::exceptions::{PyBufferError, PyMemoryError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyMemoryView, PySlice, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyMemoryView, PySlice};
 
+use crate::message;
 use crate::python::Raised;
 
 /// Received bytes, as a writable buffer.
@@ -55,12 +56,18 @@ impl PyBody {
 /// A message of up to so many bytes is copied into a `bytes` object: that costs less than a view.
 const SHORT_MESSAGE: usize = 4096;
 
-/// The parts of a frame's body: views of the same memory, but for a short message.
-pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Py<PyTuple>> {
+/// What a frame's body holds: a short message of one plain value as that pair, anything else as a
+/// list of its parts, which are views of the same memory, but for a short message.
+pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Py<PyAny>> {
     let body = frame.body.as_slice();
-    let mut ranges = body::parse(body)
-        .map_err(|violation| Raised::from(Error::from(violation)))?
-        .into_iter();
+    let ranges = body::parse(body).map_err(|violation| Raised::from(Error::from(violation)))?;
+    if let [message] = &ranges[..]
+        && message.len() <= SHORT_MESSAGE
+        && let Some(pair) = message::decode(py, &body[message.clone()])
+    {
+        return Ok(pair.into_any().unbind());
+    }
+    let mut ranges = ranges.into_iter();
     let mut parts = Vec::with_capacity(ranges.len());
     if ranges
         .as_slice()
@@ -86,7 +93,7 @@ pub fn parts(py: Python<'_>, frame: Frame) -> PyResult<Py<PyTuple>> {
             parts.push(whole.get_item(bounds)?.unbind());
         }
     }
-    Ok(PyTuple::new(py, parts)?.unbind())
+    Ok(PyList::new(py, parts)?.into_any().unbind())
 }
 
 /// Whether a frame is nothing but a short message.
@@ -144,7 +151,7 @@ impl From<Progress> for PyProgress {
 #[pyclass(frozen, get_all, name = "Event", module = "inferpool._transport")]
 pub struct PyEvent {
     kind: &'static str,
-    parts: Py<PyTuple>,
+    parts: Py<PyAny>,
     progress: Option<Py<PyProgress>>,
 }
 
@@ -153,7 +160,7 @@ impl PyEvent {
     pub fn from_event(py: Python<'_>, event: Event) -> PyResult<Self> {
         let plain = |kind| Self {
             kind,
-            parts: PyTuple::empty(py).unbind(),
+            parts: PyList::empty(py).into_any().unbind(),
             progress: None,
         };
         Ok(match event {
@@ -164,7 +171,7 @@ impl PyEvent {
                 let progress = Py::new(py, PyProgress::from(progress))?;
                 Self {
                     kind: "pong",
-                    parts: PyTuple::empty(py).unbind(),
+                    parts: PyList::empty(py).into_any().unbind(),
                     progress: Some(progress),
                 }
             }

@@ -10,7 +10,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::event::{PyEvent, is_short_message, messages};
+use crate::event::{self, PyEvent, is_short_message, messages};
 use crate::python::{Parts, Raised, SENT_AT_ONCE, deadline, patiently, settings};
 
 /// The doorbell of an event loop.
@@ -73,27 +73,35 @@ impl PyHostChannel {
         parts: Parts,
         notifier: Option<&PyLoopNotifier>,
     ) -> PyResult<PyCall> {
-        let notifier = notifier.map(|notifier| Arc::clone(&notifier.0));
+        let notifier = notifier.map(|notifier| &notifier.0);
         let mut outgoing = Outgoing::default();
-        let sent = parts.with(py, |body| {
-            let small = body.total() <= SENT_AT_ONCE;
-            Ok(small
-                // What fails here fails in `send` again, which reports it.
-                && self.0.try_send_at_once(&mut outgoing, body, notifier.as_ref())
-                    .unwrap_or(false))
-        })?;
-        let id = outgoing.call();
-        let unsent = if sent { None } else { Some((outgoing, parts)) };
-        Ok(PyCall {
-            host: Arc::clone(&self.0),
-            notifier,
-            state: Mutex::new(CallState {
-                unsent,
-                id,
-                finished: false,
-            }),
-            busy: false.into(),
-        })
+        let sent = self.send_at_once(py, &mut outgoing, &parts, notifier)?;
+        Ok(self.call(outgoing, sent, parts, notifier))
+    }
+
+    #[pyo3(signature = (parts, notifier=None))]
+    fn ask(
+        &self,
+        py: Python<'_>,
+        parts: Parts,
+        notifier: Option<&PyLoopNotifier>,
+    ) -> PyResult<Py<PyAny>> {
+        let notifier = notifier.map(|notifier| &notifier.0);
+        let mut outgoing = Outgoing::for_whole_answer();
+        let sent = self.send_at_once(py, &mut outgoing, &parts, None)?;
+        let Some(id) = outgoing.call().filter(|_| sent) else {
+            self.0.withdraw(&outgoing);
+            return Ok(py.None());
+        };
+        // The GIL is kept: to give it away and to get it back takes as long as the answer.
+        if let Some(frame) = self.0.spin_for_answer(id).map_err(Raised::from)? {
+            return event::parts(py, frame);
+        }
+        if let Some(notifier) = notifier {
+            self.0.set_waiter(id, notifier);
+        }
+        let call = self.call(outgoing, sent, parts, notifier);
+        Ok(Py::new(py, call)?.into_any())
     }
 
     #[pyo3(signature = (notifier=None))]
@@ -152,6 +160,45 @@ impl PyHostChannel {
             dict.set_item(name, count)?;
         }
         Ok(dict)
+    }
+}
+
+impl PyHostChannel {
+    /// Sends a small request, if that takes no waiting; says whether it is out.
+    fn send_at_once(
+        &self,
+        py: Python<'_>,
+        outgoing: &mut Outgoing,
+        parts: &Parts,
+        notifier: Option<&Arc<Notifier>>,
+    ) -> PyResult<bool> {
+        parts.with(py, |body| {
+            let small = body.total() <= SENT_AT_ONCE;
+            Ok(small
+                // What fails here fails in `send` again, which reports it.
+                && self.0.try_send_at_once(outgoing, body, notifier)
+                    .unwrap_or(false))
+        })
+    }
+
+    fn call(
+        &self,
+        outgoing: Outgoing,
+        sent: bool,
+        parts: Parts,
+        notifier: Option<&Arc<Notifier>>,
+    ) -> PyCall {
+        let state = CallState {
+            id: outgoing.call(),
+            unsent: if sent { None } else { Some((outgoing, parts)) },
+            finished: false,
+        };
+        PyCall {
+            host: Arc::clone(&self.0),
+            notifier: notifier.cloned(),
+            state: Mutex::new(state),
+            busy: false.into(),
+        }
     }
 }
 

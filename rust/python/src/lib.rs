@@ -3,6 +3,7 @@
 mod abort;
 mod event;
 mod host;
+mod message;
 mod python;
 mod sandbox;
 mod worker;

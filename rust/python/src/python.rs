@@ -7,8 +7,10 @@ use inferpool_transport::{Error, Patience, Settings, SignalGate, WaitPolicy};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyTuple};
 use smallvec::SmallVec;
+
+use crate::message::{self, Message};
 
 pyo3::import_exception!(inferpool.errors, CallCancelled);
 pyo3::import_exception!(inferpool.errors, CallTimeout);
@@ -105,6 +107,7 @@ pub fn patiently<T: Send>(
 pub struct Parts(SmallVec<[Part; 1]>);
 
 enum Part {
+    Message(Message),
     Bytes(Py<PyBytes>),
     Buffer(PyBuffer<u8>),
 }
@@ -112,8 +115,13 @@ enum Part {
 impl<'py> FromPyObject<'_, 'py> for Parts {
     type Error = PyErr;
 
+    /// Reads a pair of kind and plain payload, or a list of a message and the buffers beside it.
     fn extract(parts: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
         let mut held = SmallVec::new();
+        if let Ok(pair) = parts.cast_exact::<PyTuple>() {
+            held.push(Part::Message(message::encode(&pair)?));
+            return Ok(Self(held));
+        }
         for part in parts.try_iter()? {
             let part = part?;
             held.push(match part.cast_into::<PyBytes>() {
@@ -148,6 +156,7 @@ impl Parts {
 impl Part {
     fn as_slice<'a>(&'a self, py: Python<'a>) -> &'a [u8] {
         match self {
+            Self::Message(message) => message,
             Self::Bytes(bytes) => bytes.as_bytes(py),
             Self::Buffer(buffer) if buffer.len_bytes() == 0 => &[],
             Self::Buffer(buffer) => {

@@ -9,7 +9,6 @@ use inferpool_transport::{Error, Inherited, Patience, ReplyPort, Worker};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyTuple;
 
 use crate::abort::PyAbortToken;
 use crate::event::parts;
@@ -89,7 +88,7 @@ impl PyWorkerChannel {
 pub struct PyRequest {
     port: ReplyPort,
     #[pyo3(get)]
-    parts: Py<PyTuple>,
+    parts: Py<PyAny>,
     /// Made when it is first asked for, and kept: native code may hold its address.
     abort: PyOnceLock<Py<PyAbortToken>>,
 }

@@ -18,6 +18,9 @@ pub const PART_ALIGN: usize = 64;
 /// Parts that a frame may have.
 pub const MAX_PARTS: usize = 4096;
 
+/// Bytes of a body; short ones need no memory of their own.
+pub(crate) type Bytes = SmallVec<[u8; 128]>;
+
 /// A body to be sent: borrowed pieces, in order, copied once, straight into the ring.
 #[derive(Debug)]
 pub struct Gather<'a> {
@@ -56,6 +59,22 @@ impl<'a> Gather<'a> {
             parts: &[],
             total: 0,
         }
+    }
+
+    /// A body that was laid out before; `bytes` is one piece.
+    pub(crate) fn of_body(bytes: &'a [&'a [u8]; 1]) -> Self {
+        Self {
+            table: SmallVec::new(),
+            parts: bytes,
+            total: bytes[0].len(),
+        }
+    }
+
+    /// The body by itself, for [`Self::of_body`].
+    pub(crate) fn to_bytes(&self) -> Bytes {
+        let mut bytes = Bytes::with_capacity(self.total);
+        self.copy(0..self.total, &mut |piece| bytes.extend_from_slice(piece));
+        bytes
     }
 
     /// Bytes of the body.

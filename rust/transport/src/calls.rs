@@ -286,16 +286,16 @@ impl Calls {
 
     fn other_waiters<'a>(
         &'a self,
-        me: &'a Arc<Notifier>,
+        me: Option<&'a Arc<Notifier>>,
     ) -> impl Iterator<Item = &'a Arc<Notifier>> {
         let of_calls = self.table.values().filter_map(|call| call.waiter.as_ref());
         of_calls
             .chain(&self.space_waiters)
-            .filter(move |waiter| !Arc::ptr_eq(waiter, me))
+            .filter(move |waiter| !me.is_some_and(|me| Arc::ptr_eq(waiter, me)))
     }
 
     /// Whether anybody but `me` waits on this channel.
-    pub fn has_other_waiter(&self, me: &Arc<Notifier>) -> bool {
+    pub fn has_other_waiter(&self, me: Option<&Arc<Notifier>>) -> bool {
         if self.waited_for == 0 && self.space_waiters.is_empty() {
             return false;
         }
@@ -303,10 +303,10 @@ impl Calls {
     }
 
     /// Wakes somebody who can read the ring now that `me` stops: one thread, or the loops.
-    pub fn wake_successor(&self, me: &Arc<Notifier>) {
+    pub fn wake_successor(&self, me: Option<&Arc<Notifier>>) {
         if let Some(thread) = self.other_waiters(me).find(|waiter| !waiter.is_loop()) {
             thread.ring();
-        } else if !me.is_loop() {
+        } else if !me.is_some_and(|me| me.is_loop()) {
             // Loops watch the same descriptors, so one that stops needs to tell no other.
             self.other_waiters(me).for_each(|waiter| waiter.ring());
         }
@@ -326,7 +326,7 @@ impl Calls {
 
     /// Checks that a record may come from the worker now, before its body is copied.
     pub fn admit(&self, header: &Header) -> Result<(), Violation> {
-        if !matches!(header.kind, Kind::Data | Kind::End | Kind::Error) {
+        if matches!(header.kind, Kind::Pad | Kind::Request) {
             return Err(Violation::Kind);
         }
         let call = self.table.get(&header.call).ok_or(Violation::UnknownCall)?;
@@ -344,7 +344,7 @@ impl Calls {
     }
 
     /// Hands a frame whose records were admitted to its call.
-    pub fn deliver(&mut self, frame: Frame, me: &Arc<Notifier>) -> Result<(), Violation> {
+    pub fn deliver(&mut self, frame: Frame, me: Option<&Arc<Notifier>>) -> Result<(), Violation> {
         let header = frame.header;
         let call = self
             .table
@@ -356,28 +356,26 @@ impl Calls {
         if late {
             self.dropped_late += 1;
         }
-        match header.kind {
-            Kind::Data => {
-                // Late ones too: a worker can't send without end because nobody takes it.
-                call.received += flow::cost(frame.body.len());
-                if !late {
+        if matches!(header.kind, Kind::Data | Kind::Answer) {
+            // Late ones too: a worker can't send without end because nobody takes it.
+            call.received += flow::cost(frame.body.len());
+        }
+        if header.kind.is_terminal() {
+            self.free_slots.extend(call.release_slot());
+        }
+        if !late {
+            match header.kind {
+                Kind::Error => call.outcome = Some(Outcome::Failed(frame)),
+                Kind::End => call.outcome = Some(Outcome::Ended),
+                Kind::Answer => {
                     call.frames.push_back(frame);
+                    call.outcome = Some(Outcome::Ended);
                 }
-            }
-            kind => {
-                if !late {
-                    let failed = kind == Kind::Error;
-                    call.outcome = Some(if failed {
-                        Outcome::Failed(frame)
-                    } else {
-                        Outcome::Ended
-                    });
-                }
-                self.free_slots.extend(call.release_slot());
+                _ => call.frames.push_back(frame),
             }
         }
         if !late {
-            call.notify(header.call, Some(me));
+            call.notify(header.call, me);
         }
         if header.kind.is_terminal() {
             self.forget_if_over(header.call);
@@ -391,7 +389,7 @@ impl Calls {
         &mut self,
         id: u64,
         outcome: Outcome,
-        me: &Arc<Notifier>,
+        me: Option<&Arc<Notifier>>,
     ) -> Result<(), Violation> {
         if !self.settle_question(id) {
             return Err(Violation::Control);
@@ -400,7 +398,7 @@ impl Calls {
             && !call.is_decided()
         {
             call.outcome = Some(outcome);
-            call.notify(id, Some(me));
+            call.notify(id, me);
         }
         self.forget_if_over(id);
         Ok(())
@@ -422,6 +420,23 @@ impl Calls {
         call.abandoned = true;
         self.forget_if_over(id);
         Some((Event::Done(outcome), None))
+    }
+
+    /// Whether the call has its outcome, or had one.
+    pub fn is_decided(&self, id: u64) -> bool {
+        self.table.get(&id).is_none_or(Call::is_decided)
+    }
+
+    /// Takes the whole answer of a call, if that has arrived and is one frame and a good end.
+    pub fn take_answer(&mut self, id: u64) -> Option<Frame> {
+        let call = self.table.get_mut(&id)?;
+        if call.frames.len() != 1 || !matches!(call.outcome, Some(Outcome::Ended)) {
+            return None;
+        }
+        let frame = call.frames.pop_front();
+        call.abandoned = true;
+        self.forget_if_over(id);
+        frame
     }
 
     /// Takes up to `limit` frames that `wanted` accepts, in order, from those that have arrived.

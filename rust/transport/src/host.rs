@@ -25,7 +25,7 @@ use crate::notify::Notifier;
 use crate::platform::{self, ControlSocket, Death, Doorbell};
 use crate::ring::{Consumer, Producer, nudge};
 use crate::segment::{RingMemory, Segment};
-use crate::spin::{HOST_PATIENCE, Spinner};
+use crate::spin::{ALONE, CAP, HOST_PATIENCE, Spinner};
 use crate::sync::{AtomicU64, Mutex, Ordering, TryLock};
 use crate::{Patience, Settings, lock};
 use counters::Tally;
@@ -38,6 +38,8 @@ struct Reader {
     ring: Consumer<RingMemory>,
     assembler: Assembler,
     spinner: Spinner,
+    /// For callers who hold what others need meanwhile.
+    brief_spinner: Spinner,
     control_open: bool,
     /// Rings of the doorbell so far.
     rings: u64,
@@ -84,7 +86,8 @@ impl Host {
             reader: TryLock::new(Reader {
                 ring: Consumer::new(segment.replies()),
                 assembler: Assembler::new(settings.frame_limit),
-                spinner: Spinner::new(settings.wait, HOST_PATIENCE),
+                spinner: Spinner::new(settings.wait, CAP, HOST_PATIENCE),
+                brief_spinner: Spinner::new(settings.wait, ALONE, HOST_PATIENCE),
                 control_open: true,
                 rings: 0,
             }),
@@ -146,7 +149,7 @@ impl Host {
         let waited = self.wait_for(&me, patience, &mut || self.take(call), &mut || Ok(false));
         // In this order: a leader must not choose as its successor one that leaves too.
         lock(&self.calls).set_waiter(call, None);
-        self.hand_over(&me);
+        self.hand_over(Some(&me));
         waited
     }
 
@@ -161,7 +164,7 @@ impl Host {
             return Ok(false);
         };
         loop {
-            while self.pump(&mut reader, &notifier) {}
+            while self.pump(&mut reader, Some(&notifier)) {}
             if lock(&self.calls).has_news(call) {
                 break;
             }
@@ -172,8 +175,45 @@ impl Host {
             self.tally.spins_won.add_alone(1);
         }
         drop(reader);
-        self.hand_over(&notifier);
+        self.hand_over(Some(&notifier));
         Ok(lock(&self.calls).has_news(call))
+    }
+
+    /// Spins for the answer to a call that was just sent, so briefly that the caller need not let
+    /// anybody else go on meanwhile. Takes the answer if it is one frame and a good end. `None`
+    /// leaves everything to [`Self::poll`] and [`Self::wait`].
+    pub fn spin_for_answer(&self, call: u64) -> Result<Option<Frame>> {
+        self.check_owner()?;
+        let Some(mut reader) = self.try_lead() else {
+            return Ok(None);
+        };
+        // An event loop that has armed the ring and still waits is woken below.
+        reader.ring.disarm();
+        loop {
+            while self.pump(&mut reader, None) {}
+            if lock(&self.calls).is_decided(call) {
+                break;
+            }
+            let Reader {
+                ring,
+                brief_spinner,
+                ..
+            } = &mut *reader;
+            if !brief_spinner.spin(|| ring.is_ready(), || ()) {
+                break;
+            }
+            self.tally.spins_won.add_alone(1);
+        }
+        drop(reader);
+        let mut calls = lock(&self.calls);
+        self.hand_over_locked(&calls, None);
+        Ok(calls.take_answer(call))
+    }
+
+    /// Says who is to be told when something happens to the call. Who waits for it nevertheless
+    /// looks at it once more: what came before told nobody.
+    pub fn set_waiter(&self, call: u64, waiter: &Arc<Notifier>) {
+        lock(&self.calls).set_waiter(call, Some(waiter));
     }
 
     fn take(&self, call: u64) -> Option<Event> {

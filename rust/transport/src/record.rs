@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 0..4 | length | bytes of body in this record |
 //! | 4..6 | kind | [`Kind`] |
-//! | 6..8 | flags | [`FIRST`], [`LAST`] |
+//! | 6..8 | flags | [`FIRST`], [`LAST`], [`WHOLE`] |
 //! | 8..16 | call | call id, unique within an incarnation |
 //! | 16..20 | sequence | number of the frame within its call and direction, from 0 |
 //! | 20..24 | slot | the call's slot in the control page |
@@ -22,6 +22,9 @@ pub const HEADER: usize = 32;
 pub const FIRST: u16 = 1;
 /// Flag of a frame's last record.
 pub const LAST: u16 = 2;
+/// Flag of a request whose caller waits for the end of the answer anyway: an answer of one item
+/// may come as [`Kind::Answer`].
+pub const WHOLE: u16 = 4;
 
 /// What a record carries. Zero is no kind, so untouched memory never passes for a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,12 +40,14 @@ pub enum Kind {
     End = 4,
     /// The call failed; the body says how.
     Error = 5,
+    /// The only item of an answer, and its good end.
+    Answer = 6,
 }
 
 impl Kind {
     /// Whether a frame of this kind is the last of its call.
     pub fn is_terminal(self) -> bool {
-        matches!(self, Self::End | Self::Error)
+        matches!(self, Self::End | Self::Error | Self::Answer)
     }
 
     fn from_wire(value: u16) -> Result<Self, Violation> {
@@ -52,6 +57,7 @@ impl Kind {
             3 => Self::Data,
             4 => Self::End,
             5 => Self::Error,
+            6 => Self::Answer,
             _ => return Err(Violation::Kind),
         })
     }
@@ -64,7 +70,7 @@ pub struct Header {
     pub length: u32,
     /// What the record carries.
     pub kind: Kind,
-    /// [`FIRST`] and [`LAST`].
+    /// [`FIRST`], [`LAST`] and [`WHOLE`].
     pub flags: u16,
     /// Call id.
     pub call: u64,
@@ -157,7 +163,12 @@ impl Header {
             slot: u32::from_le_bytes([s0, s1, s2, s3]),
             total: u64::from_le_bytes([t0, t1, t2, t3, t4, t5, t6, t7]),
         };
-        if header.flags & !(FIRST | LAST) != 0 {
+        let for_requests = if header.kind == Kind::Request {
+            WHOLE
+        } else {
+            0
+        };
+        if header.flags & !(FIRST | LAST | for_requests) != 0 {
             return Err(Violation::Kind);
         }
         if u64::from(header.length) > header.total {

@@ -6,7 +6,7 @@ use crate::platform;
 
 /// Longest spin. Waking a sleeper takes about half of this (50 µs on the machine measured), so a
 /// spin sees the answer even of a peer that slept.
-const CAP: Duration = Duration::from_micros(100);
+pub(crate) const CAP: Duration = Duration::from_micros(100);
 /// Spins in a row that may fail before a host sleeps at once: its worker takes longer than that.
 pub(crate) const HOST_PATIENCE: u32 = 4;
 /// A worker spins after every request, since another one often follows: once per request that
@@ -16,7 +16,7 @@ pub(crate) const WORKER_PATIENCE: u32 = u32::MAX;
 const PROBE_EVERY: u32 = 16;
 /// From then on the CPU is offered to others between looks: if the scheduler has put the peer on
 /// this very CPU, which it likes to do on waking, it can't answer before.
-const ALONE: Duration = Duration::from_micros(5);
+pub(crate) const ALONE: Duration = Duration::from_micros(5);
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
 
@@ -33,16 +33,19 @@ pub enum WaitPolicy {
 #[derive(Debug)]
 pub(crate) struct Spinner {
     enabled: bool,
+    cap: Duration,
     patience: u32,
     failures: u32,
 }
 
 impl Spinner {
-    pub(crate) fn new(policy: WaitPolicy, patience: u32) -> Self {
+    /// Spins up to `cap`, until it fails `patience` times in a row.
+    pub(crate) fn new(policy: WaitPolicy, cap: Duration, patience: u32) -> Self {
         // On one CPU the peer can't run while this side spins.
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         Self {
             enabled: policy == WaitPolicy::Adaptive && cpus > 1,
+            cap,
             patience,
             failures: 0,
         }
@@ -70,7 +73,7 @@ impl Spinner {
                 }
             }
             let spent = start.elapsed();
-            if spent >= CAP {
+            if spent >= self.cap {
                 self.failures = self.failures.wrapping_add(1);
                 return false;
             }

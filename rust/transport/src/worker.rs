@@ -7,15 +7,15 @@ use std::time::Instant;
 
 use crate::abort::{AbortToken, Vitals, is_cancelled};
 use crate::assemble::{Assembler, Frame, fragment};
-use crate::body::Gather;
+use crate::body::{Bytes, Gather};
 use crate::error::{Error, Result, Violation};
 use crate::flow::{self, WINDOW};
 use crate::heartbeat::Heartbeat;
 use crate::platform::{self, Bell, ControlSocket, Doorbell, Rings, SignalGate};
-use crate::record::{Header, Kind};
+use crate::record::{Header, Kind, WHOLE};
 use crate::ring::{Consumer, Producer};
 use crate::segment::{RingMemory, SLOTS, Segment};
-use crate::spin::{Parting, Spinner, WORKER_PATIENCE};
+use crate::spin::{CAP, Parting, Spinner, WORKER_PATIENCE};
 use crate::sync::{Mutex, Ordering};
 use crate::{Patience, Settings, lock, try_lock};
 
@@ -107,13 +107,13 @@ impl Worker {
             inbox: Mutex::new(Inbox {
                 ring: Consumer::new(segment.requests()),
                 assembler: Assembler::new(settings.frame_limit),
-                spinner: Spinner::new(settings.wait, WORKER_PATIENCE),
+                spinner: Spinner::new(settings.wait, CAP, WORKER_PATIENCE),
                 parting: Parting::new(),
                 seen_unexpected: 0,
             }),
             outbox: Mutex::new(Outbox {
                 ring: Producer::new(segment.replies()),
-                spinner: Spinner::new(settings.wait, WORKER_PATIENCE),
+                spinner: Spinner::new(settings.wait, CAP, WORKER_PATIENCE),
             }),
             segment,
             vitals: Arc::default(),
@@ -232,6 +232,8 @@ pub struct ReplyPort {
     worker: Arc<Worker>,
     call: u64,
     slot: u32,
+    /// Whether the caller waits for the end anyway.
+    whole: bool,
     state: Mutex<ReplyState>,
 }
 
@@ -242,7 +244,12 @@ struct ReplyState {
     ended: bool,
     /// Progress within a frame that did not fit at once.
     at: Option<usize>,
+    /// A first item that waits for the end, to leave in one record with it.
+    held: Option<Bytes>,
 }
+
+/// Bytes of the largest item that is held back; a larger one had better be on its way.
+const HELD_BYTES: usize = 4096;
 
 impl ReplyPort {
     /// For the request with this header.
@@ -251,6 +258,7 @@ impl ReplyPort {
             worker,
             call: request.call,
             slot: request.slot,
+            whole: request.flags & WHOLE != 0,
             state: Mutex::default(),
         }
     }
@@ -356,8 +364,52 @@ impl ReplyPort {
         Ok(())
     }
 
-    /// Sends what can be sent now; `true` when the frame is out.
+    /// Sends what can be sent now; `true` when the frame is out, or held back until the end.
     fn advance(
+        &self,
+        state: &mut ReplyState,
+        outbox: &mut Producer<RingMemory>,
+        kind: Kind,
+        body: &Gather<'_>,
+    ) -> Result<bool> {
+        match (state.held.take(), kind) {
+            (Some(item), Kind::End) => {
+                return self.advance_held(state, outbox, Kind::Answer, item);
+            }
+            // There are more, so the first one need not wait any longer.
+            (Some(item), Kind::Data) => {
+                if !self.advance_held(state, outbox, kind, item)? {
+                    return Ok(false);
+                }
+            }
+            // A failure is all that its caller will learn of this answer.
+            (Some(_), _) => {}
+            (None, Kind::Data) if self.whole && state.next_sequence == 0 && state.at.is_none() => {
+                if body.total() <= outbox.max_body().min(HELD_BYTES) {
+                    state.held = Some(body.to_bytes());
+                    return Ok(true);
+                }
+            }
+            (None, _) => {}
+        }
+        self.advance_frame(state, outbox, kind, body)
+    }
+
+    fn advance_held(
+        &self,
+        state: &mut ReplyState,
+        outbox: &mut Producer<RingMemory>,
+        kind: Kind,
+        item: Bytes,
+    ) -> Result<bool> {
+        let sent = self.advance_frame(state, outbox, kind, &Gather::of_body(&[&item]));
+        if !matches!(sent, Ok(true)) {
+            state.held = Some(item);
+        }
+        sent
+    }
+
+    fn advance_frame(
         &self,
         state: &mut ReplyState,
         outbox: &mut Producer<RingMemory>,

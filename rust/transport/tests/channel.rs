@@ -195,6 +195,15 @@ fn wait_outcome(host: &Host, call: u64) -> Outcome {
     }
 }
 
+/// A call that waits for nothing but the end of its answer, which the worker has received.
+fn open_whole(pair: &Pair) -> (u64, ReplyPort) {
+    let mut outgoing = Outgoing::for_whole_answer();
+    let body = Gather::new(&[b"go"]).unwrap();
+    assert!(pair.host.try_send(&mut outgoing, &body, None).unwrap());
+    let (_, port) = pair.receive();
+    (outgoing.call().unwrap(), port)
+}
+
 /// Sends, and takes the echo.
 fn round_trip(host: &Host, sent: &[&[u8]]) {
     let call = send(host, sent);
@@ -227,6 +236,48 @@ fn a_request_comes_back() {
     round_trip(&pair.host, &[b"message", b"", &[1; 100]]);
     round_trip(&pair.host, &[]);
     assert_eq!(pair.host.in_flight(), [0; 0]);
+}
+
+#[test]
+fn an_answer_that_is_wanted_whole_comes_in_one_record() {
+    let pair = pair(4096);
+    let (call, port) = open_whole(&pair);
+    data(&port, b"item", PATIENT).unwrap();
+    assert!(pair.host.spin_for_answer(call).unwrap().is_none());
+    end(&port);
+    let answer = pair.host.spin_for_answer(call).unwrap().unwrap();
+    assert_eq!(parts(&answer), [b"item"]);
+    assert_eq!(pair.host.counters().frames_received, 1);
+    assert_eq!(pair.host.in_flight(), [0; 0]);
+    assert!(matches!(data(&port, b"more", PATIENT), Err(Error::Closed)));
+}
+
+#[test]
+fn an_answer_that_is_wanted_whole_may_turn_out_otherwise() {
+    let pair = pair(4096);
+    let (call, port) = open_whole(&pair);
+    for item in [b"one", b"two"] {
+        data(&port, item, PATIENT).unwrap();
+    }
+    assert_eq!(parts(&wait_data(&pair.host, call)), [b"one"]);
+    assert_eq!(parts(&wait_data(&pair.host, call)), [b"two"]);
+    data(&port, b"three", PATIENT).unwrap();
+    assert_eq!(parts(&wait_data(&pair.host, call)), [b"three"]);
+    end(&port);
+    assert!(pair.host.spin_for_answer(call).unwrap().is_none());
+    assert!(matches!(wait_outcome(&pair.host, call), Outcome::Ended));
+
+    // Nobody holds back what takes long to copy.
+    let (call, port) = open_whole(&pair);
+    data(&port, &[7; 900], PATIENT).unwrap();
+    end(&port);
+    assert_eq!(parts(&wait_data(&pair.host, call)), [[7; 900]]);
+
+    let (call, port) = open_whole(&pair);
+    data(&port, b"item", PATIENT).unwrap();
+    let why = Gather::new(&[b"why"]).unwrap();
+    port.send(Kind::Error, &why, PATIENT).unwrap();
+    assert!(matches!(wait_outcome(&pair.host, call), Outcome::Failed(_)));
 }
 
 #[test]

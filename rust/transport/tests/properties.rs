@@ -439,16 +439,21 @@ fn kind() -> impl Strategy<Value = Kind> {
         Kind::Data,
         Kind::End,
         Kind::Error,
+        Kind::Answer,
     ])
 }
 
 fn header() -> impl Strategy<Value = Header> {
     let numbers = (any::<u32>(), any::<u64>(), any::<u32>(), any::<u32>());
-    (kind(), 0..4_u16, numbers, any::<u64>()).prop_map(
+    (kind(), 0..8_u16, numbers, any::<u64>()).prop_map(
         |(kind, flags, (length, call, sequence, slot), more)| Header {
             length,
             kind,
-            flags,
+            flags: if kind == Kind::Request {
+                flags
+            } else {
+                flags & (FIRST | LAST)
+            },
             call,
             sequence,
             slot,
@@ -482,7 +487,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_a_header_or_none(wire in any::<[u8; HEADER]>(), kind in 0..8_u16, flags in 0..5_u16) {
+    fn any_bytes_are_a_header_or_none(wire in any::<[u8; HEADER]>(), kind in 0..8_u16, flags in 0..16_u16) {
         let mut likely = wire;
         likely[4..6].copy_from_slice(&kind.to_le_bytes());
         likely[6..8].copy_from_slice(&flags.to_le_bytes());
@@ -490,6 +495,7 @@ proptest! {
             if let Ok(header) = Header::from_wire(&wire) {
                 prop_assert_eq!(header.to_wire(), wire);
                 prop_assert!(u64::from(header.length) <= header.total);
+                prop_assert!(header.flags < 4 || header.flags < 8 && header.kind == Kind::Request);
             }
         }
     }

@@ -51,7 +51,7 @@ impl Bench {
     /// A frame as it comes off the ring.
     fn receive(&mut self, frame: Frame) -> Result<(), Violation> {
         self.calls.admit(&frame.header)?;
-        self.calls.deliver(frame, &self.reader)
+        self.calls.deliver(frame, Some(&self.reader))
     }
 
     fn receives(&mut self, of: (u64, u32), kind: Kind, sequence: u32) {
@@ -98,6 +98,45 @@ fn an_answer_is_its_frames_in_order_and_then_one_outcome() {
     assert_eq!(bench.take_data(call.0).0, 1);
     assert!(matches!(bench.take_outcome(call.0), Outcome::Ended));
     assert!(bench.calls.table.is_empty());
+}
+
+#[test]
+fn an_answer_in_one_frame_is_its_item_and_its_end() {
+    let mut bench = bench();
+    let call = bench.sent();
+    bench.receive(frame(call, Kind::Answer, 0, 17)).unwrap();
+    assert!(bench.calls.is_decided(call.0) && bench.calls.undecided().is_empty());
+    assert_eq!(bench.take_data(call.0).0, 0);
+    assert!(matches!(bench.take_outcome(call.0), Outcome::Ended));
+    assert!(bench.calls.table.is_empty());
+    assert_eq!(bench.rejects(call, Kind::Answer, 1), Violation::UnknownCall);
+}
+
+#[test]
+fn only_an_answer_of_one_item_is_taken_whole() {
+    let mut bench = bench();
+    let call = bench.sent();
+    assert!(bench.calls.take_answer(call.0).is_none());
+    bench.receives(call, Kind::Data, 0);
+    assert!(bench.calls.take_answer(call.0).is_none());
+    bench.receives(call, Kind::End, 1);
+    assert!(bench.calls.take_answer(call.0).is_some());
+    assert!(bench.calls.table.is_empty() && bench.calls.take_answer(call.0).is_none());
+
+    let [empty, long, failed, late] = [(); 4].map(|()| bench.sent());
+    bench.receives(empty, Kind::End, 0);
+    bench.receives(long, Kind::Data, 0);
+    bench.receives(long, Kind::Answer, 1);
+    bench.receives(failed, Kind::Data, 0);
+    bench.receives(failed, Kind::Error, 1);
+    bench.calls.cancel(late.0);
+    bench.receives(late, Kind::Answer, 0);
+    for call in [empty, long, failed, late] {
+        assert!(bench.calls.take_answer(call.0).is_none());
+    }
+    assert_eq!(bench.calls.dropped_late, 1);
+    assert!(matches!(bench.take_outcome(late.0), Outcome::Cancelled));
+    assert_eq!(bench.calls.free_slots.len(), SLOTS as usize);
 }
 
 #[test]
@@ -372,9 +411,9 @@ fn a_question_has_one_answer() {
     let given_up = bench.calls.open_control().unwrap();
     bench.calls.abandon(given_up);
     for nonce in [nonce, given_up] {
-        let answer = bench.calls.answer(nonce, Outcome::Acknowledged, &me);
+        let answer = bench.calls.answer(nonce, Outcome::Acknowledged, Some(&me));
         assert_eq!(answer, Ok(()));
-        let again = bench.calls.answer(nonce, Outcome::Acknowledged, &me);
+        let again = bench.calls.answer(nonce, Outcome::Acknowledged, Some(&me));
         assert_eq!(again, Err(Violation::Control));
     }
     assert!(matches!(
@@ -474,7 +513,7 @@ fn an_answer_goes_to_its_question() {
     let me = Arc::clone(&bench.reader);
     bench
         .calls
-        .answer(question, Outcome::Acknowledged, &me)
+        .answer(question, Outcome::Acknowledged, Some(&me))
         .unwrap();
     assert!(matches!(
         bench.take_outcome(question),
@@ -494,7 +533,9 @@ fn an_answer_to_a_question_given_up_is_dropped() {
     bench.calls.cancel(cancelled);
     bench.calls.abandon(abandoned);
     for question in [cancelled, abandoned] {
-        let answered = bench.calls.answer(question, Outcome::Acknowledged, &me);
+        let answered = bench
+            .calls
+            .answer(question, Outcome::Acknowledged, Some(&me));
         assert_eq!(answered, Ok(()));
     }
     assert!(matches!(bench.take_outcome(cancelled), Outcome::Cancelled));
@@ -506,7 +547,9 @@ fn an_answer_without_a_question_is_a_violation() {
     let me = Arc::clone(&bench.reader);
     let call = bench.sent();
     for stranger in [call.0, call.0 + 1, u64::MAX] {
-        let answered = bench.calls.answer(stranger, Outcome::Acknowledged, &me);
+        let answered = bench
+            .calls
+            .answer(stranger, Outcome::Acknowledged, Some(&me));
         assert_eq!(answered, Err(Violation::Control));
     }
 }
@@ -548,10 +591,10 @@ fn a_leader_that_leaves_wakes_somebody_else() {
         Notifier::of_thread().unwrap(),
     );
     bench.calls.set_waiter(first.0, Some(&leaving));
-    assert!(!bench.calls.has_other_waiter(&leaving));
+    assert!(!bench.calls.has_other_waiter(Some(&leaving)));
     bench.calls.set_waiter(second.0, Some(&staying));
-    assert!(bench.calls.has_other_waiter(&leaving));
-    bench.calls.wake_successor(&leaving);
+    assert!(bench.calls.has_other_waiter(Some(&leaving)));
+    bench.calls.wake_successor(Some(&leaving));
     assert!(is_rung(&staying) && !is_rung(&leaving));
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::calls::{End, Outcome};
+use crate::calls::{Calls, End, Outcome};
 use crate::control::{Control, SIZE};
 use crate::error::{Error, Result, Violation};
 use crate::host::{Host, Reader};
@@ -35,7 +35,7 @@ impl Host {
         if let Some(mut reader) = self.try_lead() {
             let looked = self.look_until_armed(&mut reader, me);
             drop(reader);
-            self.hand_over(me);
+            self.hand_over(Some(me));
             looked?;
         }
         Ok(lock(&self.calls).end().is_none())
@@ -44,7 +44,7 @@ impl Host {
     fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
         self.react(reader, me, Some(Instant::now()), None)?;
         loop {
-            while self.pump(reader, me) {}
+            while self.pump(reader, Some(me)) {}
             if lock(&self.calls).end().is_some() || self.arm(reader) {
                 return Ok(());
             }
@@ -96,7 +96,7 @@ impl Host {
         let reader = &mut *reader;
         let mut unread = None;
         loop {
-            let more = self.pump(reader, me);
+            let more = self.pump(reader, Some(me));
             if let Some(got) = goal() {
                 return Ok(got);
             }
@@ -128,7 +128,7 @@ impl Host {
                 self.rescue(reader, &mut unread);
             }
             if until.is_some_and(|until| until <= Instant::now()) {
-                self.pump(reader, me);
+                self.pump(reader, Some(me));
                 return goal().ok_or(Error::TimedOut);
             }
         }
@@ -168,26 +168,36 @@ impl Host {
     }
 
     /// After this thread stopped reading the ring: if nobody else does, somebody who waits must.
-    pub(super) fn hand_over(&self, me: &Arc<Notifier>) {
-        let calls = lock(&self.calls);
+    pub(super) fn hand_over(&self, me: Option<&Arc<Notifier>>) {
+        self.hand_over_locked(&lock(&self.calls), me);
+    }
+
+    /// As [`Self::hand_over`], under the lock of the calls' table.
+    pub(super) fn hand_over_locked(&self, calls: &Calls, me: Option<&Arc<Notifier>>) {
         if calls.has_other_waiter(me) && self.try_lead().is_some() {
             calls.wake_successor(me);
         }
     }
 
     /// Takes up to a batch of records off the ring; `true` when there may be more.
-    pub(super) fn pump(&self, reader: &mut Reader, me: &Arc<Notifier>) -> bool {
-        reader.ring.is_ready()
-            && self.take_records(reader, me).unwrap_or_else(|violation| {
-                self.violated(violation);
-                false
-            })
-    }
-
-    fn take_records(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool, Violation> {
+    pub(super) fn pump(&self, reader: &mut Reader, me: Option<&Arc<Notifier>>) -> bool {
+        if !reader.ring.is_ready() {
+            return false;
+        }
         // 584 years fit.
         let heard = self.created.elapsed().as_nanos() as u64;
         self.heard.store(heard, Ordering::Relaxed);
+        self.take_records(reader, me).unwrap_or_else(|violation| {
+            self.violated(violation);
+            false
+        })
+    }
+
+    fn take_records(
+        &self,
+        reader: &mut Reader,
+        me: Option<&Arc<Notifier>>,
+    ) -> Result<bool, Violation> {
         let mut calls = lock(&self.calls);
         for _ in 0..RECORD_BATCH {
             if calls.end().is_some() {
@@ -262,7 +272,7 @@ impl Host {
 
     /// The worker is gone, or as good as that; what it committed before still counts.
     fn finish_after_reading(&self, reader: &mut Reader, me: &Arc<Notifier>) {
-        while self.pump(reader, me) {}
+        while self.pump(reader, Some(me)) {}
         self.finish(End::PeerDied);
     }
 
@@ -288,7 +298,7 @@ impl Host {
                     Control::Ack => Outcome::Acknowledged,
                     Control::Ping | Control::Shutdown => return Err(Violation::Control),
                 };
-                lock(&self.calls).answer(nonce, outcome, me)
+                lock(&self.calls).answer(nonce, outcome, Some(me))
             });
             if let Err(violation) = accepted {
                 self.violated(violation);

@@ -8,7 +8,7 @@ use crate::calls::Calls;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::notify::Notifier;
-use crate::record::{FIRST, Header, Kind, LAST};
+use crate::record::{FIRST, Header, Kind, LAST, WHOLE};
 use crate::ring::Producer;
 use crate::segment::RingMemory;
 use crate::sync::Ordering;
@@ -20,9 +20,19 @@ pub struct Outgoing {
     opened: Option<(u64, u32)>,
     at: Option<usize>,
     done: bool,
+    /// Flags beside those of its fragments.
+    flags: u16,
 }
 
 impl Outgoing {
+    /// A request whose answer is of use only when it is complete.
+    pub fn for_whole_answer() -> Self {
+        Self {
+            flags: WHOLE,
+            ..Self::default()
+        }
+    }
+
     /// Id of the call, once there is one.
     pub fn call(&self) -> Option<u64> {
         self.opened.map(|(call, _)| call)
@@ -111,7 +121,7 @@ impl Host {
             }
             let (flags, window) = fragment(total, sender.max_body(), outgoing.at.unwrap_or(0));
             let end = window.end;
-            let header = request_header(call, slot, flags, window.len(), total);
+            let header = request_header(call, slot, flags | outgoing.flags, window.len(), total);
             // Only the first needs the lock, and copying a large one takes long.
             let calls = match outgoing.at {
                 None => Some(calls),
@@ -192,7 +202,7 @@ impl Host {
             &mut || Ok(!self.await_space(outgoing, &me)?),
         );
         lock(&self.calls).remove_space_waiter(&me);
-        self.hand_over(&me);
+        self.hand_over(Some(&me));
         waited
     }
 

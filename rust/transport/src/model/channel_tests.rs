@@ -53,7 +53,15 @@ fn pair() -> Pair {
 }
 
 fn send(host: &Host, parts: &[&[u8]], waiter: Option<&Arc<Notifier>>) -> crate::Result<u64> {
-    let mut outgoing = Outgoing::default();
+    send_as(Outgoing::default(), host, parts, waiter)
+}
+
+fn send_as(
+    mut outgoing: Outgoing,
+    host: &Host,
+    parts: &[&[u8]],
+    waiter: Option<&Arc<Notifier>>,
+) -> crate::Result<u64> {
     let body = Gather::new(parts).unwrap();
     while !host.try_send(&mut outgoing, &body, waiter)? {
         host.wait_to_send(&outgoing, PATIENT)?;
@@ -63,6 +71,15 @@ fn send(host: &Host, parts: &[&[u8]], waiter: Option<&Arc<Notifier>>) -> crate::
 
 fn next(host: &Host, call: u64) -> Event {
     host.wait(call, PATIENT).unwrap()
+}
+
+/// A call whose answer of one item is wanted whole: spins, as far as that goes here, and then waits.
+fn ask(host: &Host) -> (usize, Outcome) {
+    let call = send_as(Outgoing::for_whole_answer(), host, &[], None).unwrap();
+    match host.spin_for_answer(call).unwrap() {
+        Some(_) => (1, Outcome::Ended),
+        None => outcome(host, call),
+    }
 }
 
 /// The call's outcome, and how many items came before it.
@@ -125,8 +142,7 @@ fn loom_cancel_against_reply() {
         };
         counts[index].fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         cancelling.join().unwrap();
-        let call = send(&host, &[], None).unwrap();
-        assert!(matches!(self::outcome(&host, call), (1, Outcome::Ended)));
+        assert!(matches!(ask(&host), (1, Outcome::Ended)));
         serving.join().unwrap();
         assert_eq!((host.end(), host.in_flight().len()), (None, 0));
     });
@@ -284,7 +300,24 @@ fn loom_ping_beside_a_call() {
 /// itself, or a thread that calls meanwhile.
 #[test]
 fn loom_event_loop_beside_a_thread() {
-    let (executions, ..) = explore("event loop beside a thread", bounded(), |_| {
+    event_loop_beside("event loop beside a thread", |host| {
+        let call = send(host, &[], None).unwrap();
+        assert!(matches!(outcome(host, call), (0, Outcome::Ended)));
+    });
+}
+
+/// The same with a thread that reads for a moment and waits for nothing.
+#[test]
+fn loom_event_loop_beside_a_brief_spin() {
+    event_loop_beside("event loop beside a brief spin", |host| {
+        let call = send(host, &[], None).unwrap();
+        let _ = host.spin_for_answer(call).unwrap();
+        host.abandon(call);
+    });
+}
+
+fn event_loop_beside(name: &str, caller: impl Fn(&Host) + Copy + Send + Sync + 'static) {
+    let (executions, ..) = explore(name, bounded(), move |_| {
         let Pair { host, worker, .. } = pair();
         let serving = thread::spawn(move || {
             answer(&worker, 0).unwrap();
@@ -292,10 +325,7 @@ fn loom_event_loop_beside_a_thread() {
         });
         let calling = {
             let host = Arc::clone(&host);
-            thread::spawn(move || {
-                let call = send(&host, &[], None).unwrap();
-                assert!(matches!(outcome(&host, call), (0, Outcome::Ended)));
-            })
+            thread::spawn(move || caller(&host))
         };
         let notifier = Notifier::for_loop().unwrap();
         let call = send(&host, &[], Some(&notifier)).unwrap();
