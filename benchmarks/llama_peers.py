@@ -112,7 +112,8 @@ def llama_server(model: str, options: str) -> Iterator[Server | None]:
     command += ["--threads", str(THREADS), *options.split()]
     process = subprocess.Popen(
         command,
-        env=worker_environment(),
+        # Its libraries lie beside it.
+        env={**worker_environment(), "LD_LIBRARY_PATH": str(Path(binary).parent)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from inferpool.errors import CallCancelled
-from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
+from inferpool.worker import (
+    KindHandler,
+    Reply,
+    RoleConfig,
+    WorkerLoopState,
+    report_loading,
+)
 
 
 class Session:
@@ -43,11 +49,13 @@ def make_session(role_config: RoleConfig, abort: Any) -> Session:
         raise RuntimeError(options["raise"])
     began = time.monotonic()
     while time.monotonic() - began < options.get("load_seconds", 0) and not abort.is_set():
+        report_loading((time.monotonic() - began) / options["load_seconds"])
         time.sleep(0.005)
     return Session(dict(options))
 
 
 def echo(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    report_loading(0.5)  # too late, and so without effect
     reply.send("echo", payload)
 
 

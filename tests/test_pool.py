@@ -474,6 +474,19 @@ def test_a_request_given_up_before_it_is_served_is_not_served(pool: Pool) -> Non
     assert (facts["dropped"], pool.status()["echo"].incarnation) == (1, 1)
 
 
+def test_the_status_tells_how_far_a_worker_has_loaded() -> None:
+    with Pool(echo=echo_role(load_seconds=1.0)) as pool:
+        assert pool.status()["echo"].loading == 0.0
+        answer = pool.stream("echo", "count", 1)
+        parts = {pool.status()["echo"].loading}
+        while pool.status()["echo"].state == "starting":
+            parts.add(pool.status()["echo"].loading)
+        assert list(answer) == [0]
+        assert len(parts) > 10
+        assert all(0.0 <= part <= 1.0 for part in parts)
+        assert pool.status()["echo"].loading == 1.0
+
+
 def test_threads_may_share_a_stream(pool: Pool) -> None:
     stream = pool.stream("echo", "count", 5000)
     received: list[int] = []

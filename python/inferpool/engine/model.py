@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,20 @@ class Model:
     """
 
     def __init__(
-        self, path: Path, *, n_gpu_layers: int = 0, abort: AbortToken | None = None
+        self,
+        path: Path,
+        *,
+        n_gpu_layers: int = 0,
+        abort: AbortToken | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         """Load ``path``.
+
+        Args:
+            path: a GGUF file.
+            n_gpu_layers: layers kept on an accelerator; -1 means all.
+            abort: ends the loading early.
+            progress: told which part is loaded, from 0 to 1.
 
         Raises:
             ModelLoadError: if it is no GGUF that llama.cpp can load, or its context length
@@ -39,7 +51,7 @@ class Model:
         """
         init_backend()
         self.path = path
-        self._handle: lib.llama_model_p | None = _load(path, n_gpu_layers, abort)
+        self._handle: lib.llama_model_p | None = _load(path, n_gpu_layers, abort, progress)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
         self.n_embd: int = lib.llama_model_n_embd_out(self._handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
@@ -227,14 +239,24 @@ class Model:
         return [(label or b"").decode("utf-8", "replace") for label in labels]
 
 
-def _load(path: Path, n_gpu_layers: int, abort: AbortToken | None) -> lib.llama_model_p:
+def _load(
+    path: Path,
+    n_gpu_layers: int,
+    abort: AbortToken | None,
+    progress: Callable[[float], None] | None,
+) -> lib.llama_model_p:
     if abort is not None and abort.is_set():
         raise CallCancelled(f"loading {path.name} was cancelled")
     params = model_params()
     params.n_gpu_layers = n_gpu_layers
-    if abort is not None:
-        keep_going = lib.llama_progress_callback(lambda _progress, _data: not abort.is_set())
-        params.progress_callback = keep_going
+
+    def go_on(part: float, _data: object) -> bool:
+        if progress is not None:
+            progress(part)
+        return abort is None or not abort.is_set()
+
+    keep_going = lib.llama_progress_callback(go_on)
+    params.progress_callback = keep_going
     native_errors()
     handle: lib.llama_model_p | None = lib.llama_model_load_from_file(os.fsencode(path), params)
     if handle is None:

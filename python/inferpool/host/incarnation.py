@@ -59,6 +59,7 @@ class Incarnation:
         self.number = number
         self.started = time.monotonic()
         self.ready: Ready | None = None
+        self.loading = 0.0
         self._start_call: Call | None = None
         self._start_id = 0
         self._start_error: InferpoolError | None = None
@@ -227,28 +228,32 @@ class Incarnation:
                 self._log.close()
 
     def _poll_start(self) -> None:
-        if self.ready is not None or self._start_error is not None:
-            return
-        if self._start_call is None:
-            return
-        try:
-            event = self._start_call.next(timeout=0)
-        except CallTimeout:
-            return
-        except InferpoolError:
-            self._start_call = None  # ended, which says no more than the channel's end
-            return
-        self._start_call = None
-        if event.kind == "data":
-            self.ready = codec.decode_as(event.parts, Ready)
-        elif event.kind == "error":
-            error = remote_error(event)
-            if isinstance(error, RemoteError):
-                problem = f"role {self.spec.name!r} could not build its session: {error}"
-                remote_traceback = error.remote_traceback
-                error = WorkerStartError(problem, **self._evidence())
-                error.add_note(remote_traceback)
-            self._start_error = error
+        while self._start_call is not None:
+            try:
+                event = self._start_call.next(timeout=0)
+            except CallTimeout:
+                return
+            except InferpoolError:
+                self._start_call = None  # ended, which says no more than the channel's end
+                return
+            if event.kind == "data":
+                kind, payload = codec.decode(event.parts)
+                if kind == "loading" and isinstance(payload, float):
+                    self.loading = payload
+                    continue
+                self.ready = codec.decode_as(event.parts, Ready)
+            elif event.kind == "error":
+                self._start_error = self._why_not_ready(event)
+            self._start_call = None
+
+    def _why_not_ready(self, event: Event) -> InferpoolError:
+        error = remote_error(event)
+        if not isinstance(error, RemoteError):
+            return error
+        problem = f"role {self.spec.name!r} could not build its session: {error}"
+        why = WorkerStartError(problem, **self._evidence())
+        why.add_note(error.remote_traceback)
+        return why
 
     def _evidence(self) -> dict[str, Any]:
         return {

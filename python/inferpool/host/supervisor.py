@@ -26,6 +26,8 @@ class RoleStatus:
     """How many workers the role has had so far."""
     uptime: float | None
     """Seconds since the worker was started."""
+    loading: float
+    """How much of the session has been built, from 0 to 1, as far as the worker says."""
     load_seconds: float | None
     """Seconds that the session took to build."""
     sandbox: SandboxReport | None
@@ -126,6 +128,7 @@ class Supervisor:
             pid=running.pid if running else None,
             incarnation=self._count,
             uptime=time.monotonic() - running.started if running else None,
+            loading=1.0 if ready else running.loading if running else 0.0,
             load_seconds=ready.load_seconds if ready else None,
             sandbox=ready.sandbox if ready else None,
             in_flight=len(running.in_flight()) if running else 0,

@@ -9,6 +9,7 @@ from inferpool.engine.gguf import Gguf
 from inferpool.engine.memory import require_memory
 from inferpool.engine.model import Model
 from inferpool.models import readable, resolve
+from inferpool.worker import report_loading
 
 __all__ = ["load_model"]
 
@@ -34,4 +35,4 @@ def load_model(config: ChatConfig | EmbedConfig | RerankConfig, abort: AbortToke
             n_batch=min(config.n_batch, n_ctx),
             logits=isinstance(config, ChatConfig),
         )
-    return Model(gguf.path, n_gpu_layers=config.n_gpu_layers, abort=abort)
+    return Model(gguf.path, n_gpu_layers=config.n_gpu_layers, abort=abort, progress=report_loading)

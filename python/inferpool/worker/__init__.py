@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         WorkerChannel,
         WorkerLoopState,
         WorkerRole,
+        report_loading,
         run_worker,
     )
 
@@ -39,6 +40,7 @@ __all__ = [
     "WorkerRole",
     "configure_worker_logging",
     "redirect_stdio",
+    "report_loading",
     "run_worker",
 ]
 

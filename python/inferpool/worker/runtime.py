@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "WorkerChannel",
     "WorkerLoopState",
     "WorkerRole",
+    "report_loading",
     "run_worker",
 ]
 
@@ -130,6 +132,24 @@ class WorkerLoopState:
     """Calls that have outlived their handler."""
 
 
+# Who waits for the session that is being built, and how many percent of it were reported.
+_loading: ContextVar[tuple[Request, int] | None] = ContextVar("loading", default=None)
+
+
+def report_loading(part: float) -> None:
+    """Tell the host how much of the session has been built, from 0 to 1.
+
+    For session factories, in the thread that called them; elsewhere it does nothing.
+    """
+    loading = _loading.get()
+    if loading is not None:
+        request, reported = loading
+        # A window's worth of reports would make the worker wait for a host that does not look.
+        if (percent := int(100 * part)) > reported:
+            request.try_send(codec.encode("loading", percent / 100))
+            _loading.set((request, percent))
+
+
 def run_worker(
     channel: WorkerChannel,
     role_config: RoleConfig,
@@ -158,7 +178,10 @@ def run_worker(
     session: Session | None = None
     try:
         began = time.monotonic()
+        if start_request is not None:
+            _loading.set((start_request, 0))
         session = session_factory(role_config, channel.abort)
+        _loading.set(None)
         seconds = time.monotonic() - began
         _log.info("incarnation %d ready in %.3f s", role_config.incarnation, seconds)
         if start_request is not None:
