@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from engine_fakes import SETTINGS
 
-from inferpool import Pool, Role, config
+from inferpool import Policy, Pool, Role, config
 
 # Coverage of workers.
 config.INHERITED_VARIABLES.append("COVERAGE_*")
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
     from inferpool.engine.model import Model
+
+TIRELESS = Policy(max_crashes=1 << 16, backoff=0.0)
+"""Restarts a role however often it crashes."""
 
 
 def echo_role(**options: object) -> Role:
@@ -31,7 +35,8 @@ def children() -> set[int]:
     """Process ids of this process's children."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        found.update(map(int, (task / "children").read_text().split()))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended
+            found.update(map(int, (task / "children").read_text().split()))
     return found
 
 

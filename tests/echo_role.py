@@ -176,6 +176,29 @@ def assert_(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     lib._lib.ggml_backend_dev_get(9999)
 
 
+def exit_once(reply: Reply, payload: str, state: WorkerLoopState) -> None:
+    """Exit, unless there is such a file already."""
+    try:
+        Path(payload).touch(exist_ok=False)
+    except FileExistsError:
+        reply.send("answer", "answer")
+    else:
+        os._exit(3)
+
+
+def poll_for(reply: Reply, payload: float, state: WorkerLoopState) -> None:
+    """Look at the abort token for so many seconds, and do nothing else."""
+    until = time.monotonic() + payload
+    while time.monotonic() < until:
+        reply.abort.is_set()
+        time.sleep(0.01)
+    reply.send("polled", payload)
+
+
+def environment(reply: Reply, payload: str, state: WorkerLoopState) -> None:
+    reply.send("environment", os.environ.get(payload))
+
+
 def facts(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """What the worker process looks like from inside."""
     reply.send(
@@ -213,7 +236,10 @@ HANDLERS: dict[str, KindHandler] = {
     "die": die,
     "scribble": scribble,
     "exit": exit_now,
+    "exit_once": exit_once,
     "assert": assert_,
+    "poll_for": poll_for,
+    "environment": environment,
     "facts": facts,
     "chatter": chatter,
 }

@@ -86,7 +86,7 @@ def test_workers_die_with_a_host_killed_during_inference() -> None:
         "from inferpool import ChatConfig\n"
         "pool = Pool(chat=ChatConfig('smollm2', n_threads=1)).start()\n"
         "print(pool.status()['chat'].pid, flush=True)\n"
-        "pool.chat('word ' * 7000, max_tokens=1)\n"
+        "pool.chat('word ' * 4000, max_tokens=1)\n"
     )
     with started_host(script) as (host, pid):
         # The prompt takes many seconds; this much CPU time is in the middle of it.

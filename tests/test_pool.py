@@ -154,6 +154,7 @@ def test_a_zero_timeout_is_no_hang_and_a_negative_one_an_error(pool: Pool) -> No
 
 
 def test_a_stream_keeps_what_came_before_its_timeout(pool: Pool) -> None:
+    pool.start()
     stream = pool.stream("echo", "wait_for_abort", timeout=0.5)
     assert next(stream) is None
     with pytest.raises(CallTimeout):
@@ -403,7 +404,7 @@ def test_a_pool_refuses_what_it_does_not_know(arguments: dict[str, object], mess
     [
         {"wait": "busy"},
         {"log_level": "LOUD"},
-        {"start_timeout": -1},
+        {"memory_budget": 0},
         {"close_timeout": float("nan")},
         {"../role": echo_role()},
     ],

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
 
-from conftest import children, descriptors, echo_role, eventually
+from conftest import TIRELESS, children, descriptors, echo_role, eventually
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,6 +30,7 @@ from inferpool import (
     Stream,
     WorkerCrashed,
     WorkerStartError,
+    WorkerStuck,
 )
 
 # Around the borders of a record, a ring of 8 KiB, and its quarter.
@@ -40,7 +41,7 @@ SIZES = st.one_of(
 )
 
 
-ENDS = (CallCancelled, CallTimeout, PoolClosed, WorkerCrashed, WorkerStartError)
+ENDS = (CallCancelled, CallTimeout, PoolClosed, WorkerCrashed, WorkerStartError, WorkerStuck)
 """How a call may end that did not get its answer."""
 
 
@@ -118,8 +119,9 @@ class Lifecycle(RuleBasedStateMachine):
         gc.collect()
         self.children = children()
         self.descriptors = descriptors()
-        self.pool = Pool(echo=echo_role(), close_timeout=0.5)
+        self.pool = Pool(echo=echo_role(), policy=TIRELESS, close_timeout=0.5)
         self.stopped: int | None = None
+        self.crashes = 0
         self.closed = False
         self.background: list[tuple[threading.Thread, list[str]]] = []
 
@@ -137,7 +139,9 @@ class Lifecycle(RuleBasedStateMachine):
     def crash(self) -> None:
         if not self.closed and self.stopped is None:
             self.pool.cancel("echo")
-            outcome = outcome_of(lambda: self.pool.call("echo", "exit", 5, timeout=30))
+            self.crashes += 1  # the same request twice would be poisonous
+            code = self.crashes % 256
+            outcome = outcome_of(lambda: self.pool.call("echo", "exit", code, timeout=30))
             # Before its first answer a worker counts as starting.
             assert outcome in ("WorkerCrashed", "WorkerStartError")
 
@@ -201,13 +205,13 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.pool.close()
-        self.pool = Pool(echo=echo_role(), close_timeout=0.5)
+        self.pool = Pool(echo=echo_role(), policy=TIRELESS, close_timeout=0.5)
         self.closed, self.stopped = False, None
 
     @invariant()
     def status_can_always_be_told(self) -> None:
         status = self.pool.status()["echo"]
-        assert status.state in ("stopped", "starting", "ready", "dead")
+        assert status.state in ("stopped", "starting", "ready", "busy", "dead")
         assert status.in_flight >= 0
 
     def teardown(self) -> None:

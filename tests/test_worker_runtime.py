@@ -171,7 +171,7 @@ def test_a_handler_that_gives_up_by_itself_tells_its_caller() -> None:
 def test_an_unexpected_control_message_is_logged_and_dropped(tmp_path: Path) -> None:
     with Pool(echo=echo_role(), log_dir=tmp_path) as pool:
         pool.start()
-        incarnation = pool._core.supervisor("echo").incarnation()
+        incarnation = pool._core.supervisor("echo").start()
         control = socket.socket(fileno=os.dup(incarnation.channel.descriptors()[1]))
         with control:
             control.send(b"garbage")
@@ -244,7 +244,7 @@ def test_a_worker_told_to_end_before_it_was_told_what_to_be() -> None:
         wait="park",
         sandbox=Sandbox(level="basic"),
     )
-    process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log)
+    process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log, {})
     channel.watch(process.pid)
     channel.close()
     assert process.reap(30) == "exit code 0"

@@ -17,7 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inferpool.config import ChatConfig, EmbedConfig, RerankConfig, Role, VisionConfig
+    from inferpool.config import (
+        ChatConfig,
+        EmbedConfig,
+        Policy,
+        RerankConfig,
+        Role,
+        VisionConfig,
+    )
     from inferpool.errors import (
         CallCancelled,
         CallError,
@@ -29,17 +36,20 @@ if TYPE_CHECKING:
         ModelLoadError,
         ModelNotFound,
         PayloadTooLarge,
+        PoisonousRequest,
         PoolClosed,
         ProtocolError,
         QueueFull,
         RemoteError,
+        RoleDegraded,
         WorkerCrashed,
         WorkerError,
         WorkerStartError,
+        WorkerStuck,
     )
     from inferpool.host.pool import AsyncPool, Pool
+    from inferpool.host.status import CallStatus, RoleStatus, WorkerStatus
     from inferpool.host.stream import AsyncStream, Stream
-    from inferpool.host.supervisor import RoleStatus
     from inferpool.messages import (
         ChatDelta,
         ChatResult,
@@ -51,7 +61,14 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "inferpool.config": ["ChatConfig", "EmbedConfig", "RerankConfig", "Role", "VisionConfig"],
+    "inferpool.config": [
+        "ChatConfig",
+        "EmbedConfig",
+        "Policy",
+        "RerankConfig",
+        "Role",
+        "VisionConfig",
+    ],
     "inferpool.errors": [
         "CallCancelled",
         "CallError",
@@ -63,17 +80,20 @@ _HOMES = {
         "ModelLoadError",
         "ModelNotFound",
         "PayloadTooLarge",
+        "PoisonousRequest",
         "PoolClosed",
         "ProtocolError",
         "QueueFull",
         "RemoteError",
+        "RoleDegraded",
         "WorkerCrashed",
         "WorkerError",
         "WorkerStartError",
+        "WorkerStuck",
     ],
     "inferpool.host.pool": ["AsyncPool", "Pool"],
     "inferpool.host.stream": ["AsyncStream", "Stream"],
-    "inferpool.host.supervisor": ["RoleStatus"],
+    "inferpool.host.status": ["CallStatus", "RoleStatus", "WorkerStatus"],
     "inferpool.messages": [
         "ChatDelta",
         "ChatResult",
@@ -91,6 +111,7 @@ __all__ = [
     "AsyncStream",
     "CallCancelled",
     "CallError",
+    "CallStatus",
     "CallTimeout",
     "ChatConfig",
     "ChatDelta",
@@ -104,6 +125,8 @@ __all__ = [
     "ModelNotFound",
     "PayloadTooLarge",
     "PdfPage",
+    "PoisonousRequest",
+    "Policy",
     "Pool",
     "PoolClosed",
     "ProtocolError",
@@ -112,6 +135,7 @@ __all__ = [
     "RerankConfig",
     "RerankResult",
     "Role",
+    "RoleDegraded",
     "RoleStatus",
     "SandboxReport",
     "Stream",
@@ -121,6 +145,8 @@ __all__ = [
     "WorkerCrashed",
     "WorkerError",
     "WorkerStartError",
+    "WorkerStatus",
+    "WorkerStuck",
 ]
 
 

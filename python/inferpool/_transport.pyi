@@ -35,7 +35,7 @@ class AbortToken:
         """A token that is set once this one is, or `other`, of the same worker."""
 
     def is_set(self) -> bool:
-        """Whether to stop."""
+        """Whether to stop. Each call counts as progress."""
 
     @property
     def cancelled(self) -> bool:
@@ -45,7 +45,7 @@ class AbortToken:
     def callback(self) -> int:
         """Address of a C function ``bool (*)(void *)`` that says the same as `is_set`.
 
-        It needs no GIL and may be called from any thread. Each call counts as progress.
+        It needs no GIL and may be called from any thread.
         """
 
     @property
@@ -77,7 +77,7 @@ class Progress:
 
     @property
     def polls(self) -> int:
-        """Times that native code asked whether to abort."""
+        """Times that somebody asked an `AbortToken` whether to stop."""
 
 @final
 class Event:
@@ -106,6 +106,16 @@ class Call:
     @property
     def sent(self) -> bool:
         """Whether the request is all out."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether the worker has begun to read the request, as far as it said while it lived."""
+
+    def is_over(self) -> bool:
+        """Whether the worker is done with the call, which may be long after it has ended here.
+
+        Looks at what has arrived, without waiting.
+        """
 
     def send(self, timeout: float | None = None) -> None:
         """Send the request, waiting for space while the worker is behind.
@@ -234,6 +244,10 @@ class HostChannel:
 
     def wait_death(self, timeout: float | None = None) -> bool:
         """Wait for the watched process to end; False if it lives after `timeout` seconds."""
+
+    @property
+    def reader_behind(self) -> bool:
+        """Whether the worker waits until more of some answer is read here."""
 
     def in_flight(self) -> list[int]:
         """Ids of the calls that have not ended."""

@@ -19,6 +19,8 @@ __all__ = [
     "MAX_CONTEXT_LENGTH",
     "ChatConfig",
     "EmbedConfig",
+    "Hosting",
+    "Policy",
     "PoolOptions",
     "RerankConfig",
     "Role",
@@ -58,7 +60,76 @@ def _check_sandbox(level: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LlamaConfig:
+class Policy:
+    """How a role's workers are watched, restarted and released. Times are in seconds."""
+
+    start_timeout: float = 120.0
+    """Until a worker must have built its session."""
+    stuck_after: float | None = 60.0
+    """How long a worker with calls in flight may show no progress before it is killed; None
+    never kills one. Frames, decoded tokens and looks at an abort token are progress."""
+    cancel_grace: float = 2.0
+    """How long a worker may go on with a call that was given up, before it is killed."""
+    max_crashes: int = 3
+    """Crashes within `crash_window` after which the role still gets a new worker; one more makes
+    it degraded."""
+    crash_window: float = 60.0
+    backoff: float = 0.1
+    """Before the second restart within the window; doubled for each further one, up to 5 s, and
+    shortened at random by up to half."""
+    idle_timeout: float | None = None
+    """How long a worker without calls is kept; None keeps it. Pings are no calls."""
+    keep_alive: bool = False
+    """Never release the worker: not when it is idle, and not for the pool's memory budget."""
+    max_queue: int | None = None
+    """Calls in flight at which further ones are refused with `QueueFull`."""
+    call_timeout: float | None = None
+    """The ``timeout`` of calls that have none of their own."""
+
+    def __post_init__(self) -> None:
+        for name in ("start_timeout", "cancel_grace", "crash_window", "backoff"):
+            _check_seconds(name, getattr(self, name))
+        for name in ("stuck_after", "idle_timeout", "call_timeout"):
+            if getattr(self, name) is not None:
+                _check_seconds(name, getattr(self, name))
+        _check_range("max_crashes", self.max_crashes, 0, 1 << 16)
+        if self.max_queue is not None:
+            _check_range("max_queue", self.max_queue, 1, 1 << 16)
+
+
+def _check_seconds(name: str, value: float) -> None:
+    # Written so that NaN fails too.
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative: {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosting:
+    """What the host needs to know of any role; none of it reaches the session."""
+
+    policy: Policy | None = None
+    """None takes the pool's."""
+    replicas: int = 1
+    """Workers at most; a call goes to the least busy one."""
+    environment: Mapping[str, str] | Sequence[Mapping[str, str]] = ()
+    """Variables added to the workers' environment: the same for all, or a mapping for each
+    replica, such as ``[{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]``."""
+
+    def __post_init__(self) -> None:
+        _check_range("replicas", self.replicas, 1, 64)
+        each = self.environment
+        if not isinstance(each, Mapping) and len(each) not in {0, self.replicas}:
+            raise ValueError(f"environment must have {self.replicas} mappings, not {len(each)}")
+
+    def environment_of(self, replica: int) -> Mapping[str, str]:
+        """The variables of one replica, counted from 0."""
+        if isinstance(self.environment, Mapping):
+            return self.environment
+        return self.environment[replica] if self.environment else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LlamaConfig(Hosting):
     """What every llama.cpp role has in common."""
 
     n_threads: int | None = None
@@ -71,6 +142,7 @@ class _LlamaConfig:
     """None takes ``"confined"``, or ``"basic"`` with an accelerator, whose drivers need more."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sandbox is not None:
             _check_sandbox(self.sandbox)
         if self.n_threads is not None:
@@ -91,11 +163,14 @@ class EmbedConfig(_LlamaConfig):
     prompts: Mapping[str, str] | None = None
     """Prefixes by the name of what a text is (``"query"``, ``"document"``), besides or in place of
     those that are known for the model."""
+    retry: int = 0
+    """How often a call whose worker ended is made again before its caller learns of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
         _check_range("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES)
+        _check_range("retry", self.retry, 0, 10)
 
 
 @dataclass(frozen=True)
@@ -108,11 +183,14 @@ class RerankConfig(_LlamaConfig):
     """Tokens decoded together at most, so also the longest pair of query and document."""
     n_seq_max: int = 64
     """Pairs decoded together at most."""
+    retry: int = 0
+    """As `EmbedConfig.retry`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
         _check_range("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES)
+        _check_range("retry", self.retry, 0, 10)
 
 
 @dataclass(frozen=True)
@@ -161,7 +239,7 @@ class VisionConfig(_LlamaConfig):
 
 
 @dataclass(frozen=True)
-class Role:
+class Role(Hosting):
     """A custom role: a session and its handlers, named by import path.
 
     Both paths have the form ``"package.module:attribute"`` and are imported in the
@@ -178,8 +256,13 @@ class Role:
     """Only the role's author knows what it needs, so more is asked for here."""
     readable: Sequence[str] = ()
     """Above ``"basic"``: models by name, files and folders to read, beside ``sys.path``."""
+    retry: int = field(default=0, kw_only=True)
+    """How often a call (not a stream) whose worker ended is made again before its caller learns
+    of it. Only for a role whose calls may be served twice."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("retry", self.retry, 0, 10)
         _check_sandbox(self.sandbox)
         for name in ("session", "handlers"):
             module, separator, attribute = getattr(self, name).partition(":")
@@ -196,8 +279,11 @@ class PoolOptions:
     log_dir: Path | None = None
     """Folder of ``worker-<role>.log``; None keeps only a bounded tail in memory."""
     log_level: str = "INFO"
-    start_timeout: float = 120.0
-    """Seconds until a worker must have built its session."""
+    policy: Policy = field(default_factory=Policy)
+    """Holds for every role that has none of its own."""
+    memory_budget: int | None = None
+    """Resident bytes that the workers may have together. Above it idle workers are released,
+    those first whose last call is longest ago."""
     close_timeout: float = 2.0
     """Seconds that a worker has to end by itself before it is killed."""
     wait: str = "adaptive"
@@ -208,9 +294,9 @@ class PoolOptions:
             raise ValueError(f"wait must be 'adaptive' or 'park', not {self.wait!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ValueError(f"unknown log_level {self.log_level!r}")
-        for name in ("start_timeout", "close_timeout"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        _check_seconds("close_timeout", self.close_timeout)
+        if self.memory_budget is not None and self.memory_budget <= 0:
+            raise ValueError(f"memory_budget must be positive, not {self.memory_budget}")
 
 
 def cache_dir() -> Path:
@@ -230,13 +316,14 @@ INHERITED_VARIABLES = [
 ]
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(added: Mapping[str, str]) -> dict[str, str]:
     """The environment that workers are started with."""
-    environment = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if any(fnmatchcase(name, pattern) for pattern in INHERITED_VARIABLES)
     }
+    environment = {**inherited, **added}
     # How long idle OpenMP threads spin before they sleep: long enough to bridge the gap
     # between graph nodes, short enough that an idle worker uses no CPU. The default of
     # libgomp and the passive policy are both slower (see ARCHITECTURE.md, "Measured").

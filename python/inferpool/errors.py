@@ -5,13 +5,16 @@
     InferpoolError
     ├── WorkerError             the process behind a role
     │   ├── WorkerStartError    it could not start or load its session
-    │   └── WorkerCrashed       it died while calls were in flight
+    │   ├── WorkerCrashed       it died while calls were in flight
+    │   ├── WorkerStuck         it made no progress, and was killed
+    │   └── RoleDegraded        too many crashes; `Pool.reset` allows more
     ├── CallError               one call
     │   ├── CallTimeout         (also a TimeoutError)
     │   ├── CallCancelled
     │   ├── QueueFull
     │   ├── PayloadTooLarge     (also a ValueError)
     │   ├── InvalidRequest      (also a ValueError)
+    │   ├── PoisonousRequest    it crashed a worker twice
     │   └── RemoteError         the handler raised
     ├── ModelError              the model or its context
     │   ├── ModelNotFound
@@ -34,6 +37,7 @@ __all__ = [
     "CallError",
     "CallTimeout",
     "ContextLengthExceeded",
+    "GivenUp",
     "InferpoolError",
     "InvalidRequest",
     "ModelError",
@@ -41,13 +45,16 @@ __all__ = [
     "ModelNotFound",
     "PayloadTooLarge",
     "PeerDied",
+    "PoisonousRequest",
     "PoolClosed",
     "ProtocolError",
     "QueueFull",
     "RemoteError",
+    "RoleDegraded",
     "WorkerCrashed",
     "WorkerError",
     "WorkerStartError",
+    "WorkerStuck",
 ]
 
 
@@ -64,6 +71,10 @@ class WorkerError(InferpoolError):
         incarnation: which life of the role's worker this was, counted from 1.
         exit: how it ended, by name (``"SIGKILL"``, ``"exit code 1"``), or None
             while that is unknown.
+        cause: why, where more is known than that: the host killed it, or the kernel did for
+            want of memory.
+        in_flight: what it was doing: kind and age of each call.
+        native_message: what a native library said at the end, such as a failed assertion.
         log_tail: the last lines of the role's log, native messages included.
     """
 
@@ -75,6 +86,9 @@ class WorkerError(InferpoolError):
         pid: int | None = None,
         incarnation: int = 0,
         exit: str | None = None,
+        cause: str | None = None,
+        in_flight: tuple[str, ...] = (),
+        native_message: str | None = None,
         log_tail: str = "",
     ) -> None:
         text = f"{message}\n--- last log lines ---\n{log_tail}" if log_tail else message
@@ -83,6 +97,9 @@ class WorkerError(InferpoolError):
         self.pid = pid
         self.incarnation = incarnation
         self.exit = exit
+        self.cause = cause
+        self.in_flight = in_flight
+        self.native_message = native_message
         self.log_tail = log_tail
 
 
@@ -94,16 +111,52 @@ class WorkerCrashed(WorkerError):
     """The worker died while this call was in flight. The next call starts a new one."""
 
 
+class WorkerStuck(WorkerError):
+    """The worker lived but got nowhere, and was killed. The next call starts a new one."""
+
+
+class RoleDegraded(WorkerError):
+    """The role's workers crashed too often. It refuses calls until `Pool.reset`."""
+
+
 class CallError(InferpoolError):
     """One call failed; the worker goes on."""
 
 
-class CallTimeout(CallError, TimeoutError):
+class GivenUp:
+    """How far the worker had to be pressed to let go of a call that was given up.
+
+    Attributes:
+        rung: ``"flag"``: it was told before it began with the call. ``"abort"``: the abort token
+            told it amid the call. ``"grace"``: it goes on for longer than ``cancel_grace``, for the
+            sake of other calls. ``"kill"``: it was killed.
+    """
+
+    __slots__ = ("rung",)
+
+    def __init__(self) -> None:
+        self.rung = "flag"
+
+
+class _Cancelled(CallError):
+    ladder: GivenUp = GivenUp()
+
+    @property
+    def rung(self) -> str:
+        """How far the worker had to be pressed until now, see `GivenUp`; may still rise."""
+        return self.ladder.rung
+
+
+class CallTimeout(_Cancelled, TimeoutError):
     """The call's ``timeout`` ran out. The call was cancelled."""
 
 
-class CallCancelled(CallError):
+class CallCancelled(_Cancelled):
     """The call was cancelled from another thread, or its stream was closed."""
+
+
+class PoisonousRequest(CallError):
+    """The same request has crashed a worker twice. It is refused until `Pool.reset`."""
 
 
 class QueueFull(CallError):

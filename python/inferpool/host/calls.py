@@ -1,21 +1,32 @@
 """What a call is, step by step, without saying how to wait.
 
-Each function is a generator that yields a `Wait` where it has to wait and is resumed with what
-came of it. `inferpool.host.drive` runs them, blocking a thread or awaiting on an event loop, so
-that `Pool` and `AsyncPool` share every rule here.
+Each function is a generator that yields a `Wait` where it has to wait, or the seconds for which
+it only has to let time pass, and is resumed with what came of it. `inferpool.host.drive` runs
+them, blocking a thread or awaiting on an event loop, so that `Pool` and `AsyncPool` share every
+rule here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from inferpool import codec
 from inferpool._transport import Call, Event, LoopNotifier
 from inferpool.codec import encode
-from inferpool.errors import CallTimeout, PeerDied, ProtocolError, QueueFull
+from inferpool.errors import (
+    CallCancelled,
+    CallTimeout,
+    InferpoolError,
+    PeerDied,
+    PoolClosed,
+    ProtocolError,
+    QueueFull,
+    WorkerCrashed,
+    WorkerStuck,
+)
+from inferpool.host.flight import Flight
 from inferpool.host.incarnation import Incarnation, remote_error
 from inferpool.host.supervisor import Supervisor
 
@@ -43,7 +54,10 @@ Wait = tuple[Incarnation, Call, Literal["sent", "event"], float | None]
 """What has to be waited for: that a request is out, or that something happens to a call, with
 whom, and for how many seconds at most."""
 
-Steps = Generator[Wait, Any, T]
+Steps = Generator[Wait | float, Any, T]
+
+_PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""Seconds between looks at a worker that is expected to let go of a call at any moment."""
 
 
 class Deadline:
@@ -57,6 +71,11 @@ class Deadline:
         self._timeout = timeout
         self._at = None if timeout is None else time.monotonic() + timeout
 
+    def set_default(self, timeout: float | None) -> None:
+        """Use this timeout if there is none."""
+        if self._at is None and timeout is not None:
+            self.__init__(timeout)  # type: ignore[misc]
+
     def left(self, bound: float | None = None) -> float | None:
         """Seconds left, or `bound` if that is less; None for no end."""
         if self._at is None:
@@ -67,20 +86,41 @@ class Deadline:
     def check(self) -> None:
         """Raise `CallTimeout` once the time has come."""
         if self._at is not None and time.monotonic() >= self._at:
-            raise CallTimeout(f"no answer within {self._timeout:g} s")
+            raise self.error()
+
+    def error(self) -> CallTimeout:
+        """What to raise when the time has come."""
+        return CallTimeout(f"no answer within {self._timeout:g} s")
 
 
-@dataclass(slots=True)
 class OpenCall:
-    """A call that is under way, and with whom."""
+    """A call that is under way, and with whom. It is given up when the object goes."""
 
-    supervisor: Supervisor
-    incarnation: Incarnation
-    call: Call
+    __slots__ = ("call", "flight", "incarnation", "supervisor")
+
+    def __init__(
+        self, supervisor: Supervisor, incarnation: Incarnation, flight: Flight, call: Call
+    ) -> None:
+        self.supervisor = supervisor
+        self.incarnation = incarnation
+        self.flight = flight
+        self.call = flight.call = call
+
+    def cancel(self) -> None:
+        """End the call; whoever waits for it gets `CallCancelled`."""
+        self.call.cancel()
+        self.incarnation.give_up(self.flight)
+
+    def explain(self, error: InferpoolError) -> InferpoolError:
+        """What to tell the caller after an error of the channel."""
+        return self.supervisor.explain(self.incarnation, error)
 
     def abandon(self) -> None:
         """Give the call up; does nothing if it has ended."""
         self.call.abandon()
+        self.incarnation.finish(self.flight)
+
+    __del__ = abandon
 
 
 class Driver(Protocol):
@@ -93,16 +133,18 @@ class Driver(Protocol):
 def open_call(
     supervisor: Supervisor, driver: Driver, kind: str, payload: Any, deadline: Deadline
 ) -> Steps[OpenCall]:
-    """Send a request to the role's worker, starting one if need be."""
+    """Send a request to one of the role's workers, starting one if need be."""
     parts = codec.encode(kind, payload)
-    for last_try in (False, True):
-        incarnation = supervisor.incarnation()
-        native = incarnation.channel.open(parts, driver.notifier(incarnation))
-        opened = OpenCall(supervisor, incarnation, native)
-        if native.sent:
+    deadline.set_default(supervisor.spec.policy.call_timeout)
+    supervisor.admit(parts)
+    replaced = 0
+    while True:
+        opened = yield from _begin(supervisor, driver, kind, parts, deadline)
+        if opened.call.sent:
             return opened
+        incarnation = opened.incarnation
         try:
-            yield incarnation, native, "sent", deadline.left(QUEUE_SECONDS)
+            yield incarnation, opened.call, "sent", deadline.left(QUEUE_SECONDS)
         except CallTimeout:
             opened.abandon()
             deadline.check()
@@ -110,32 +152,84 @@ def open_call(
                 f"role {supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
             ) from None
         except (PeerDied, ProtocolError) as error:
-            untouched = native.id == 0
-            if last_try or not untouched or not incarnation.is_ready():
-                raise incarnation.explain(error) from None
+            untouched = opened.call.id == 0
+            enough = replaced == supervisor.spec.role.replicas
+            if enough or not untouched or not incarnation.is_ready():
+                raise supervisor.explain(incarnation, error) from None
             # It died while idle: nothing was in flight, so the next one may have the request.
+            opened.abandon()
             supervisor.replace(incarnation)
+            replaced += 1
         except BaseException:
             opened.abandon()
             raise
         else:
             return opened
-    raise AssertionError("unreachable")
+
+
+def _begin(
+    supervisor: Supervisor,
+    driver: Driver,
+    kind: str,
+    parts: codec.Parts,
+    deadline: Deadline,
+) -> Steps[OpenCall]:
+    """Open the call on a worker that takes calls, and send what takes no waiting."""
+    while True:
+        incarnation = supervisor.current() or (yield from _started(supervisor, deadline))
+        if incarnation.lingering:
+            yield from _let_go(incarnation, deadline)
+        flight = incarnation.begin(kind, parts)
+        if flight is None:
+            continue
+        try:
+            native = incarnation.channel.open(parts, driver.notifier(incarnation))
+        except BaseException:
+            incarnation.finish(flight)
+            raise
+        return OpenCall(supervisor, incarnation, flight, native)
+
+
+def _started(supervisor: Supervisor, deadline: Deadline) -> Steps[Incarnation]:
+    """Start a worker, after a pause if others have crashed."""
+    while (pause := supervisor.pause()) > 0:
+        yield deadline.left(pause) or 0.0
+        deadline.check()
+    return supervisor.start()
+
+
+def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
+    """Wait until the worker has let go of calls that were given up, or was killed for not doing so.
+
+    A request behind them would share their fate. Where others are in flight, it may as well join.
+    """
+    pauses = iter(_PAUSES)
+    pause = 0.0
+    while not incarnation.ended and incarnation.is_held() and incarnation.is_ready():
+        if any(each.given_up_at is None for each in list(incarnation.flights)):
+            return
+        pause = next(pauses, pause)
+        yield deadline.left(pause) or 0.0
+        deadline.check()
 
 
 def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:
     """Wait for what happens to the call next."""
     incarnation = opened.incarnation
-    while True:
-        try:
-            bound = None if incarnation.ready else incarnation.check_started()
-            event: Event = yield incarnation, opened.call, "event", deadline.left(bound)
-        except CallTimeout:
-            deadline.check()
-        except (PeerDied, ProtocolError) as error:
-            raise incarnation.explain(error) from None
-        else:
-            return event
+    try:
+        event: Event = yield incarnation, opened.call, "event", deadline.left()
+    except CallTimeout:
+        error = deadline.error()
+        error.ladder = opened.flight
+        raise error from None
+    except CallCancelled as cancelled:
+        cancelled.ladder = opened.flight
+        raise
+    except (PeerDied, ProtocolError) as ended:
+        raise opened.explain(ended) from None
+    if incarnation.ready is None and incarnation.is_ready():
+        opened.supervisor.became_ready()
+    return event
 
 
 def next_item(opened: OpenCall, deadline: Deadline) -> Steps[tuple[Any] | None]:
@@ -148,7 +242,7 @@ def next_item(opened: OpenCall, deadline: Deadline) -> Steps[tuple[Any] | None]:
     try:
         return (codec.decode(event.parts)[1],)
     except ProtocolError as error:
-        raise opened.incarnation.explain(error) from error
+        raise opened.explain(error) from error
 
 
 def ready_items(opened: OpenCall) -> Sequence[Any] | None:
@@ -157,7 +251,7 @@ def ready_items(opened: OpenCall) -> Sequence[Any] | None:
         array = opened.call.poll_messages()
         return None if array is None else [payload for _, payload in codec.decode_messages(array)]
     except (PeerDied, ProtocolError) as error:
-        raise opened.incarnation.explain(error) from error
+        raise opened.explain(error) from error
 
 
 def try_call(
@@ -170,17 +264,21 @@ def try_call(
     anything but a plain answer, the steps of `call` go on.
     """
     incarnation = supervisor.at_hand
-    if incarnation is None or (timeout is not None and not timeout > 0):
+    if incarnation is None or incarnation.lingering or (timeout is not None and not timeout > 0):
         return None
+    incarnation.last_used = time.monotonic()
+    parts = encode(kind, payload)
     try:
-        answer = incarnation.channel.ask(encode(kind, payload), driver.notifier(incarnation))
+        answer = incarnation.channel.ask(parts, driver.notifier(incarnation))
         if isinstance(answer, tuple):
             return (answer[1],)
         if isinstance(answer, list):
             return (codec.decode(answer)[1],)
     except ProtocolError as error:
-        raise incarnation.explain(error) from error
-    return None if answer is None else OpenCall(supervisor, incarnation, answer)
+        raise supervisor.explain(incarnation, error) from error
+    if answer is None:
+        return None
+    return OpenCall(supervisor, incarnation, incarnation.begun(kind, parts), answer)
 
 
 def call(
@@ -194,8 +292,19 @@ def call(
 ) -> Steps[Any]:
     """Make a call whose answer is one item, or none, which gives None; or go on with `opened`."""
     deadline = Deadline(timeout)
-    if opened is None:
-        opened = yield from open_call(supervisor, driver, kind, payload, deadline)
+    for retries in range(supervisor.spec.role.retry, -1, -1):
+        try:
+            if opened is None:
+                opened = yield from open_call(supervisor, driver, kind, payload, deadline)
+            return (yield from _only_item(opened, kind, deadline))
+        except (WorkerCrashed, WorkerStuck):
+            if not retries:
+                raise
+            opened = None
+    raise AssertionError("unreachable")
+
+
+def _only_item(opened: OpenCall, kind: str, deadline: Deadline) -> Steps[Any]:
     try:
         item = yield from next_item(opened, deadline)
         if item is None:
@@ -208,17 +317,19 @@ def call(
 
 
 def ping(supervisor: Supervisor, driver: Driver, timeout: float | None) -> Steps[float]:
-    """Ask the worker's heartbeat, and return the seconds until it answered."""
+    """Ask the heartbeat of each of the role's workers; seconds until the last has answered."""
     deadline = Deadline(timeout)
-    incarnation = supervisor.incarnation()
     began = time.monotonic()
-    try:
-        native = incarnation.channel.ping(driver.notifier(incarnation))
-    except PeerDied as error:
-        raise incarnation.explain(error) from None
-    opened = OpenCall(supervisor, incarnation, native)
-    try:
-        yield from next_event(opened, deadline)
-    finally:
-        opened.abandon()
+    for incarnation in supervisor.living() or [(yield from _started(supervisor, deadline))]:
+        try:
+            native = incarnation.channel.ping(driver.notifier(incarnation))
+            yield incarnation, native, "event", deadline.left()
+        except CallTimeout:
+            deadline.check()
+            raise
+        except PeerDied as error:
+            raise supervisor.explain(incarnation, error) from None
+        except PoolClosed:
+            if supervisor.is_closed:
+                raise
     return time.monotonic() - began

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from inferpool._transport import Call, Event, HostChannel, LoopNotifier
+from inferpool._transport import Call, Event, LoopNotifier
 from inferpool.errors import CallTimeout, InferpoolError
 from inferpool.host.calls import Steps, Wait
 from inferpool.host.incarnation import Incarnation
+from inferpool.host.watch import SLICE_SECONDS
 
 __all__ = ["LoopDriver", "ThreadDriver"]
 
@@ -42,24 +44,35 @@ class ThreadDriver:
             result: T = stop.value
             return result
 
-    def _wait(self, wait: Wait) -> Event | None:
-        _, call, until, timeout = wait
-        if until == "event":
-            return call.next(timeout)
-        call.send(timeout)
-        return None
+    def _wait(self, wait: Wait | float) -> Event | None:
+        if isinstance(wait, float):
+            time.sleep(wait)
+            return None
+        incarnation, call, until, timeout = wait
+        act = call.next if until == "event" else call.send
+        left = timeout
+        while True:
+            began = time.monotonic()
+            try:
+                return act(SLICE_SECONDS if left is None else min(SLICE_SECONDS, left))
+            except CallTimeout:
+                incarnation.check()
+                if left is not None:
+                    left -= time.monotonic() - began
+                    if left <= 0:
+                        raise
 
 
 class LoopDriver:
     """Awaits on the running event loop where steps must wait. Several loops may share one."""
 
     def __init__(self) -> None:
-        self._watchers: dict[tuple[asyncio.AbstractEventLoop, HostChannel], _Watcher] = {}
+        self._watchers: dict[tuple[asyncio.AbstractEventLoop, Incarnation], _Watcher] = {}
         self._breath = 0
 
     def notifier(self, incarnation: Incarnation) -> LoopNotifier | None:
         """The notifier of the running loop for this worker."""
-        return self._watcher(incarnation.channel).notifier
+        return self._watcher(incarnation).notifier
 
     async def run(self, steps: Steps[T]) -> T:
         """Run the steps to their end and return their result."""
@@ -67,7 +80,7 @@ class LoopDriver:
             wait = next(steps)
             while True:
                 try:
-                    event = await self._watcher(wait[0].channel).wait(wait)
+                    event = await self._wait(wait)
                 except BaseException as error:  # noqa: BLE001  # the steps decide
                     wait = steps.throw(error)
                 else:
@@ -82,8 +95,14 @@ class LoopDriver:
         if self._breath % BREATH == 0:
             await asyncio.sleep(0)
 
-    def _watcher(self, channel: HostChannel) -> _Watcher:
-        key = (asyncio.get_running_loop(), channel)
+    async def _wait(self, wait: Wait | float) -> Event | None:
+        if isinstance(wait, float):
+            await asyncio.sleep(wait)
+            return None
+        return await self._watcher(wait[0]).wait(wait)
+
+    def _watcher(self, incarnation: Incarnation) -> _Watcher:
+        key = (asyncio.get_running_loop(), incarnation)
         watcher = self._watchers.get(key)
         if watcher is None:
             watcher = _Watcher(*key, on_end=lambda: self._watchers.pop(key, None))
@@ -97,16 +116,18 @@ class _Watcher:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        channel: HostChannel,
+        incarnation: Incarnation,
         on_end: Callable[[], object],
     ) -> None:
         self.notifier = LoopNotifier()
         self._loop = loop
-        self._channel = channel
+        self._incarnation = incarnation
+        self._channel = incarnation.channel
         self._on_end = on_end
+        self._check: asyncio.TimerHandle | None = None
         self._waiting: dict[int, _Told] = {}
         self._waiting_for_space: set[_Told] = set()
-        self._fds = [self.notifier.fileno(), *channel.descriptors()]
+        self._fds = [self.notifier.fileno(), *self._channel.descriptors()]
         for fd in self._fds:
             loop.add_reader(fd, self._look)
 
@@ -115,6 +136,8 @@ class _Watcher:
         _, call, until, timeout = wait
         if until == "event" and (event := self._spin(call)) is not None:
             return event
+        if self._check is None:
+            self._check_later()
         work = self._event(call) if until == "event" else self._send(call)
         if timeout is None:
             return await work
@@ -123,6 +146,15 @@ class _Watcher:
                 return await work
         except TimeoutError as error:
             raise CallTimeout("timed out") from error
+
+    def _check_later(self) -> None:
+        self._check = self._loop.call_later(SLICE_SECONDS, self._check_now)
+
+    def _check_now(self) -> None:
+        self._check = None
+        if self._waiting or self._waiting_for_space:
+            self._check_later()
+            self._incarnation.check()
 
     def _spin(self, call: Call) -> Event | None:
         """What has happened, or does within the few microseconds for which spinning pays."""
@@ -175,6 +207,8 @@ class _Watcher:
         for fd in self._fds:
             self._loop.remove_reader(fd)
         self._fds = []
+        if self._check is not None:
+            self._check.cancel()
         self._on_end()
         _tell([*self._waiting.values(), *self._waiting_for_space])
 

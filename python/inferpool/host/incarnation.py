@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import msgspec
 
 from inferpool import codec, errors
 from inferpool._transport import Call, Event, HostChannel
-from inferpool.config import PoolOptions, Role
+from inferpool.config import Policy, PoolOptions, Role
 from inferpool.errors import (
     CallTimeout,
     InferpoolError,
@@ -23,8 +24,18 @@ from inferpool.errors import (
     RemoteError,
     WorkerCrashed,
     WorkerStartError,
+    WorkerStuck,
 )
-from inferpool.host.process import RoleLogFile, WorkerProcess
+from inferpool.host.flight import Flight
+from inferpool.host.process import (
+    RoleLogFile,
+    WorkerProcess,
+    native_message,
+    oom_kills,
+    resident_bytes,
+)
+from inferpool.host.status import WorkerStatus
+from inferpool.host.watch import Watch
 from inferpool.messages import ErrorInfo, Ready, Sandbox, Start, WorkerArguments
 
 __all__ = ["Incarnation", "RoleSpec", "remote_error"]
@@ -45,26 +56,65 @@ class RoleSpec:
     role: Role
     options: PoolOptions
 
+    @property
+    def policy(self) -> Policy:
+        """How its workers are treated."""
+        return self.role.policy or self.options.policy
+
 
 class Incarnation:
-    """A worker process from its start to its end."""
+    """A worker process from its start to its end.
 
-    def __init__(self, spec: RoleSpec, number: int) -> None:
+    Attributes:
+        flights: calls that have not ended here.
+        lingering: calls that were given up here, while the worker goes on with them.
+        watch: how its progress is going.
+        last_used: when the last call ended, or before the first, when the worker was started.
+        retired: whether it takes no more calls.
+        asked_to_end: whether `ask_to_end` was called.
+    """
+
+    def __init__(
+        self,
+        spec: RoleSpec,
+        number: int,
+        replica: int,
+        on_retired_idle: Callable[[Incarnation], object],
+    ) -> None:
         """Start the process and send it its first message. Does not wait for the session.
+
+        Args:
+            spec: the role.
+            number: of this incarnation, among all of the role's.
+            replica: which of the role's replicas this is, from 0.
+            on_retired_idle: called when the last call of a retired worker has ended.
 
         Raises:
             WorkerStartError: the process could not be started.
         """
         self.spec = spec
         self.number = number
-        self.started = time.monotonic()
+        self.replica = replica
+        self.started = self.last_used = time.monotonic()
         self.ready: Ready | None = None
         self.loading = 0.0
+        self.retired = False
+        self.flights: set[Flight] = set()
+        self.lingering: set[Flight] = set()
+        self._suspect: Flight | None = None
+        self._on_retired_idle = on_retired_idle
+        self._ladder: threading.Timer | None = None
+        self._cause: str | None = None
+        self._stuck = False
+        self.asked_to_end = False
+        self._in_flight: tuple[str, ...] = ()
+        self._oom_kills = oom_kills()
         self._start_call: Call | None = None
         self._start_id = 0
         self._start_error: InferpoolError | None = None
         self._exit: str | None = None
         self._tail = ""
+        self._native: str | None = None
         self._lock = threading.Lock()
         with contextlib.ExitStack() as undo:
             try:
@@ -83,6 +133,7 @@ class Incarnation:
                     incarnation=number,
                 ) from error
             undo.pop_all()
+        self.watch = Watch(self.channel)
         try:
             self.channel.watch(self._process.pid)
             self._start_call = self._send_start()
@@ -102,7 +153,8 @@ class Incarnation:
             wait=self.spec.options.wait,
             sandbox=self._sandbox(),
         )
-        return WorkerProcess(msgspec.json.encode(arguments).decode(), fds, self._log)
+        environment = self.spec.role.environment_of(self.replica)
+        return WorkerProcess(msgspec.json.encode(arguments).decode(), fds, self._log, environment)
 
     def _sandbox(self) -> Sandbox:
         role = self.spec.role
@@ -162,26 +214,117 @@ class Incarnation:
         ids = self.in_flight()
         for id in ids:
             self.channel.cancel(id)
+        for flight in list(self.flights):
+            self.give_up(flight)
         return len(ids)
 
-    def check_started(self) -> float | None:
-        """Note whether the session stands; seconds left for that, None once it does.
+    def begin(self, kind: str, parts: codec.Parts) -> Flight | None:
+        """Note a call that is about to be sent; None if this worker takes no more."""
+        flight = Flight(kind, parts)
+        if not self.flights:
+            self.watch.begin()
+        self.flights.add(flight)
+        # In this order: `retire` looks at the flights after it has said so.
+        if self.retired:
+            self.finish(flight)
+            return None
+        return flight
 
-        Requests queue behind the start message, so nobody has to wait for it; whoever waits
-        for an answer makes sure with this that the wait is bounded.
+    def begun(self, kind: str, parts: codec.Parts) -> Flight:
+        """Note a call that has been sent."""
+        flight = Flight(kind, parts)
+        if not self.flights:
+            self.watch.begin()
+        self.flights.add(flight)
+        return flight
 
-        Raises:
-            WorkerStartError: the session did not stand in time; the worker was killed.
-        """
+    def finish(self, flight: Flight) -> None:
+        """Note that the call has ended here."""
+        self.give_up(flight)
+        self.flights.discard(flight)
+        if flight.given_up_at is None:
+            self.watch.frozen = 0.0
+        if not self.flights:
+            self.last_used = time.monotonic()
+            if self.retired:
+                self._on_retired_idle(self)
+
+    def give_up(self, flight: Flight) -> None:
+        """Make sure that the worker does not go on for long with a call that has ended here."""
+        call = flight.call
+        if call is None or call.is_over() or flight.given_up_at is not None:
+            return
+        flight.given_up_at = time.monotonic()
+        flight.rung = "abort" if call.taken else "flag"
+        self.lingering.add(flight)
         with self._lock:
-            self._poll_start()
-            if self.ready is not None:
-                return None
-            timeout = self.spec.options.start_timeout
-            left = self.started + timeout - time.monotonic()
-            if left > 0:
-                return left
-        raise self.start_error(f"did not start within {timeout:g} s")
+            self._set_ladder()
+
+    def _set_ladder(self) -> None:
+        if self._ladder is None and self._exit is None:
+            self._ladder = threading.Timer(self.spec.policy.cancel_grace, self._climb)
+            self._ladder.daemon = True
+            self._ladder.start()
+
+    def _climb(self) -> None:
+        """Some time after a call was given up: see that the worker has let go of it."""
+        with self._lock:
+            self._ladder = None
+            if self.is_held():
+                self._set_ladder()
+        self.check()
+
+    def is_held(self) -> bool:
+        """Whether the worker goes on with a call that was given up."""
+        if self.lingering:
+            over = [each for each in list(self.lingering) if each.call and each.call.is_over()]
+            self.lingering.difference_update(over)
+        return bool(self.lingering)
+
+    def check(self) -> None:
+        """Kill the worker if it is overdue: with its session, with progress, with letting go.
+
+        Whoever waits for an answer calls this now and then; its call then learns of the end.
+        """
+        policy = self.spec.policy
+        now = time.monotonic()
+        if self.ended:
+            return
+        if not self.is_ready():
+            if now - self.started > policy.start_timeout:
+                self._condemn(f"did not start within {policy.start_timeout:g} s", stuck=False)
+            self.watch.begin()
+            return
+        frozen = self.watch.look()
+        if policy.stuck_after is not None and self.flights and frozen >= policy.stuck_after:
+            self._condemn(f"made no progress for {policy.stuck_after:g} s", stuck=True)
+        grace = policy.cancel_grace
+        if not self.is_held():
+            return
+        for flight in list(self.lingering):
+            if now - (flight.given_up_at or now) < grace or not flight.taken():
+                continue
+            # A worker that serves others may need longer, as long as it gets on.
+            if self.flights - self.lingering and frozen < grace:
+                flight.rung = "grace"
+                continue
+            flight.rung = "kill"
+            self._condemn(f"did not let go of a cancelled call within {grace:g} s", stuck=True)
+
+    def _condemn(self, problem: str, *, stuck: bool) -> None:
+        with self._lock:
+            if self._exit is None and self._cause is None:
+                self._cause = f"killed by the host: it {problem}"
+                self._stuck = stuck
+        self.end()
+
+    def retire(self, *, only_if_idle: bool = False) -> bool:
+        """Let the worker take no more calls; whether none is in flight."""
+        self.retired = True
+        idle = not self.flights and not self.in_flight()
+        if only_if_idle and not idle:
+            self.retired = False
+        return idle
 
     def start_error(self, problem: str) -> InferpoolError:
         """End a worker that is not ready, and say why it never will be."""
@@ -196,23 +339,25 @@ class Incarnation:
     def explain(self, error: InferpoolError) -> InferpoolError:
         """End the incarnation after an error of its channel, and say what happened to a call."""
         if isinstance(error, ProtocolError):
-            self.end()
+            self._condemn(f"broke the wire format: {error}", stuck=False)
             return error
         # A process whose descriptors have closed is on its way out, and its own way says more
         # than the signal that would end it here.
         self.channel.wait_death(_REAP_SECONDS)
         ready = self.is_ready()
         self.end()
+        how = self._exit if self._cause is None else f"{self._exit}, {self._cause}"
         if not ready:
-            return self.start_error(f"ended while it started ({self._exit})")
-        return WorkerCrashed(
-            f"the worker of role {self.spec.name!r} (pid {self.pid}, incarnation {self.number}) "
-            f"died: {self._exit}",
-            **self._evidence(),
-        )
+            return self.start_error(f"ended while it started ({how})")
+        who = f"the worker of role {self.spec.name!r} (pid {self.pid}, incarnation {self.number})"
+        if self._stuck:
+            return WorkerStuck(f"{who} {self._cause}", **self._evidence())
+        said = "" if self._native is None else f"; it said: {self._native}"
+        return WorkerCrashed(f"{who} died: {how}{said}", **self._evidence())
 
     def ask_to_end(self) -> None:
         """Tell the worker to end, and fail the calls in flight with `PoolClosed`. Never waits."""
+        self.asked_to_end = True
         self.channel.close()
 
     def end(self, timeout: float = 0.0) -> None:
@@ -221,11 +366,84 @@ class Incarnation:
         with self._lock:
             if self._exit is None:
                 self._poll_start()
+                self._note_suspects()
                 # Whoever waits for a call sees the death, once what was committed is read.
                 self._process.kill()
                 self._exit = self._process.reap(_REAP_SECONDS)
                 self._tail = self._log.tail()
+                self._native = native_message(self._tail)
+                if self._exit == "SIGKILL" and self._cause is None and not self.asked_to_end:
+                    self._cause = self._who_killed()
+                self._log.append(self.epitaph())
                 self._log.close()
+                if self._ladder is not None:
+                    self._ladder.cancel()
+                    self._ladder = None  # its thread alone must not keep the channel
+
+    def _note_suspects(self) -> None:
+        flights = self.flights | self.lingering
+        self._in_flight = tuple(sorted(flight.describe() for flight in flights))
+        taken = [flight for flight in flights if flight.taken()]
+        if len(taken) == 1:  # with several, nobody knows which of them it was
+            self._suspect = taken[0]
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether what the worker did ended it, and no signal that others send."""
+        by_others = {"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"}
+        return not self._stuck and (self._cause is not None or self._exit not in by_others)
+
+    @property
+    def suspect(self) -> Flight | None:
+        """After a crash that a request may have caused: the only one that the worker had taken."""
+        return self._suspect if self.by_itself and self.ready is not None else None
+
+    def _who_killed(self) -> str | None:
+        now = oom_kills()
+        if now is not None and self._oom_kills is not None and now > self._oom_kills:
+            return "killed by the kernel for want of memory"
+        return None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the worker ended though nobody had asked it to, or had to be killed."""
+        asked = self.asked_to_end and self._cause is None
+        return self._exit is not None and not asked and self._start_error is None
+
+    def status(self) -> WorkerStatus:
+        """See `WorkerStatus`."""
+        flights = sorted(self.flights | self.lingering, key=lambda flight: flight.began)
+        ready = self.is_ready()
+        if not self.alive:
+            state = "dead"
+        elif ready:
+            state = "busy" if self.flights else "ready"
+        else:
+            state = "starting"
+        return WorkerStatus(
+            state=state,
+            pid=self.pid,
+            incarnation=self.number,
+            replica=self.replica,
+            uptime=time.monotonic() - self.started,
+            loading=1.0 if self.ready else self.loading,
+            load_seconds=self.ready.load_seconds if self.ready else None,
+            sandbox=self.ready.sandbox if self.ready else None,
+            memory=resident_bytes(self.pid),
+            calls=tuple(flight.status() for flight in flights),
+            progress=self.watch.counts(),
+            frozen=self.watch.frozen,
+        )
+
+    def epitaph(self) -> str:
+        """How the worker ended, in a line."""
+        cause = "closed" if self.asked_to_end and self._cause is None else self._cause
+        details = [
+            f"worker {self.pid} (incarnation {self.number}) ended: {self._exit}",
+            *([cause] if cause else []),
+            *([f"in flight: {', '.join(self._in_flight)}"] if self._in_flight else []),
+        ]
+        return "; ".join(details)
 
     def _poll_start(self) -> None:
         while self._start_call is not None:
@@ -261,6 +479,9 @@ class Incarnation:
             "pid": self.pid,
             "incarnation": self.number,
             "exit": self._exit,
+            "cause": self._cause,
+            "in_flight": self._in_flight,
+            "native_message": self._native,
             "log_tail": self._tail,
         }
 

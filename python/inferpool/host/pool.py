@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +16,14 @@ from typing import Any, Self
 from inferpool.config import (
     ChatConfig,
     EmbedConfig,
+    Hosting,
+    Policy,
     PoolOptions,
     RerankConfig,
     Role,
     VisionConfig,
 )
+from inferpool.errors import CallTimeout
 from inferpool.host.calls import Deadline, call, next_item, open_call, ping, try_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.incarnation import RoleSpec
@@ -34,8 +37,10 @@ from inferpool.host.roles import (
     Rerank,
     Vision,
 )
+from inferpool.host.status import RoleStatus
 from inferpool.host.stream import AsyncStream, Stream
-from inferpool.host.supervisor import RoleStatus, Supervisor
+from inferpool.host.supervisor import MemoryBudget, Supervisor
+from inferpool.host.watch import SLICE_SECONDS
 from inferpool.messages import READY_KIND
 
 __all__ = ["AsyncPool", "Pool", "RoleLike"]
@@ -53,6 +58,8 @@ _CONFIGS: Mapping[str, type[Config]] = {
     "rerank": RerankConfig,
     "vision": VisionConfig,
 }
+# What configs and `Role` have in common.
+_HOSTING = frozenset({*(field.name for field in dataclasses.fields(Hosting)), "retry"})
 
 
 class _Core:
@@ -62,11 +69,12 @@ class _Core:
         if not roles:
             raise TypeError("a pool needs at least one role, such as chat='smollm2'")
         self._owner = os.getpid()
-        self._close_timeout = options.close_timeout
-        self.supervisors = {
-            name: Supervisor(RoleSpec(name, _as_role(name, given), options))
-            for name, given in roles.items()
-        }
+        self._options = options
+        self.supervisors: dict[str, Supervisor] = {}
+        budget = MemoryBudget(options.memory_budget, self.supervisors)
+        for name, given in roles.items():
+            spec = RoleSpec(name, _as_role(name, given), options)
+            self.supervisors[name] = Supervisor(spec, budget)
         # Runs when the last pool that shares this is collected, and at exit.
         self._finalizer = weakref.finalize(
             self, _close, self.supervisors, options.close_timeout, self._owner
@@ -82,12 +90,31 @@ class _Core:
     def named(self, role: str | None) -> list[Supervisor]:
         return list(self.supervisors.values()) if role is None else [self.supervisor(role)]
 
-    def status(self) -> dict[str, RoleStatus]:
-        return {name: supervisor.status() for name, supervisor in self.supervisors.items()}
+    def every_worker(self) -> list[Supervisor]:
+        """Each supervisor as often as it has replicas."""
+        return [each for each in self.supervisors.values() for _ in range(each.spec.role.replicas)]
 
-    def close(self, timeout: float | None = None) -> None:
+    def configure(self, role: str, given: RoleLike) -> None:
+        supervisor = self.supervisor(role)
+        supervisor.configure(RoleSpec(role, _as_role(role, given), self._options))
+
+    def close(self, *, drain: bool, timeout: float | None) -> None:
+        if drain and os.getpid() == self._owner:
+            _drain(self.supervisors, Deadline(timeout))
+            timeout = None
         self._finalizer.detach()
-        _close(self.supervisors, self._close_timeout if timeout is None else timeout, self._owner)
+        end_within = self._options.close_timeout if timeout is None else timeout
+        _close(self.supervisors, end_within, self._owner)
+
+
+def _drain(supervisors: Mapping[str, Supervisor], deadline: Deadline) -> None:
+    for supervisor in supervisors.values():
+        supervisor.refuse()
+    while any(supervisor.in_flight() for supervisor in supervisors.values()):
+        pause = deadline.left(SLICE_SECONDS / 10)
+        if not pause:
+            return
+        time.sleep(pause)
 
 
 def _close(supervisors: Mapping[str, Supervisor], timeout: float, owner: int) -> None:
@@ -119,24 +146,92 @@ def _as_role(name: str, given: RoleLike) -> Role:
         )
     module = f"inferpool.roles.{name}"
     options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    # What the host is to know of the role is no business of the session.
+    hosting = {name: options.pop(name) for name in _HOSTING if name in options}
     return Role(
         f"{module}:make_session",
         f"{module}:HANDLERS",
         options,
         sandbox=given.sandbox or ("basic" if given.n_gpu_layers else "confined"),
         readable=[options[name] for name in ("model", "mmproj") if options.get(name)],
+        **hosting,
     )
-
-
-def _options(log_dir: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> PoolOptions:
-    return PoolOptions(log_dir=None if log_dir is None else Path(log_dir), **settings)
 
 
 def _as_they_are(items: Sequence[Any]) -> Sequence[Any]:
     return items
 
 
-class Pool:
+class _Base:
+    """What is the same for threads and event loops, because it never waits."""
+
+    def __init__(
+        self,
+        *,
+        log_dir: str | os.PathLike[str] | None = None,
+        log_level: str = "INFO",
+        policy: Policy | None = None,
+        memory_budget: int | None = None,
+        close_timeout: float = 2.0,
+        wait: str = "adaptive",
+        **roles: RoleLike,
+    ) -> None:
+        """Name the roles; nothing is started yet.
+
+        Args:
+            log_dir: folder of ``worker-<role>.log``; None keeps a bounded tail in memory.
+            log_level: level of the workers' Python logging.
+            policy: how workers are watched, restarted and released, for each role that has no
+                policy of its own.
+            memory_budget: resident bytes that the workers may have together. Above it idle
+                workers are released, those first whose last call is longest ago.
+            close_timeout: seconds that workers have to end by themselves.
+            wait: ``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins.
+            **roles: ``chat=``, ``embed=`` and ``rerank=`` take a model's name or path, or a
+                config; ``vision=`` takes a config; any other name takes a `Role`.
+
+        Raises:
+            TypeError: an unknown option, or a role that is given as something else.
+        """
+        options = PoolOptions(
+            log_dir=None if log_dir is None else Path(log_dir),
+            log_level=log_level,
+            policy=Policy() if policy is None else policy,
+            memory_budget=memory_budget,
+            close_timeout=close_timeout,
+            wait=wait,
+        )
+        self._core = _Core(options, roles)
+
+    def cancel(self, role: str) -> int:
+        """Cancel the role's calls in flight, and return how many those were.
+
+        Whoever waits for one of them gets `CallCancelled`.
+        """
+        return self._core.supervisor(role).cancel_all()
+
+    def status(self) -> dict[str, RoleStatus]:
+        """What each role is doing."""
+        return {name: each.status() for name, each in self._core.supervisors.items()}
+
+    def reset(self, role: str) -> None:
+        """Forget the role's crashes: it is not degraded any more, and no request poisonous."""
+        self._core.supervisor(role).reset()
+
+    def configure(self, role: str, given: RoleLike) -> None:
+        """Give a role another model or other options. Other roles do not notice.
+
+        Calls in flight end on the worker that they are with, which ends after them; the next call
+        starts a new one.
+
+        Args:
+            role: one of the pool's roles.
+            given: as in the constructor.
+        """
+        self._core.configure(role, given)
+
+
+class Pool(_Base):
     """Local models by role, each in a worker process of its own.
 
     Example:
@@ -150,38 +245,7 @@ class Pool:
     interpreter exits, and when this process dies, however it dies.
     """
 
-    def __init__(
-        self,
-        *,
-        log_dir: str | os.PathLike[str] | None = None,
-        log_level: str = "INFO",
-        start_timeout: float = 120.0,
-        close_timeout: float = 2.0,
-        wait: str = "adaptive",
-        **roles: RoleLike,
-    ) -> None:
-        """Name the roles; nothing is started yet.
-
-        Args:
-            log_dir: folder of ``worker-<role>.log``; None keeps a bounded tail in memory.
-            log_level: level of the workers' Python logging.
-            start_timeout: seconds until a worker must have built its session.
-            close_timeout: seconds that workers have to end by themselves.
-            wait: ``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins.
-            **roles: ``chat=``, ``embed=`` and ``rerank=`` take a model's name or path, or a
-                config; ``vision=`` takes a config; any other name takes a `Role`.
-
-        Raises:
-            TypeError: an unknown option, or a role that is given as something else.
-        """
-        settings = {
-            "log_level": log_level,
-            "start_timeout": start_timeout,
-            "close_timeout": close_timeout,
-            "wait": wait,
-        }
-        self._core = _Core(_options(log_dir, settings), roles)
-        self._driver = ThreadDriver()
+    _driver = ThreadDriver()
 
     @property
     def chat(self) -> Chat:
@@ -239,15 +303,37 @@ class Pool:
         opening = partial(open_call, supervisor, self._driver, kind, payload)
         return Stream(self._driver, opening, timeout, _as_they_are)
 
-    def start(self, *, timeout: float | None = None) -> Self:
-        """Start every role's worker, all at once, and wait until each has its session."""
+    def start(
+        self,
+        *,
+        timeout: float | None = None,
+        progress: Callable[[str, float], object] | None = None,
+    ) -> Self:
+        """Start every worker, all at once, and wait until each has its session.
+
+        Args:
+            timeout: seconds until `CallTimeout`; the workers go on.
+            progress: called with a role and the seconds since the start, whenever one of its
+                workers is ready.
+        """
         deadline = Deadline(timeout)
-        opened = [
+        began = time.monotonic()
+        waiting = [
             self._driver.run(open_call(each, self._driver, READY_KIND, None, deadline))
-            for each in self._core.supervisors.values()
+            for each in self._core.every_worker()
         ]
-        for call_ in opened:
-            self._driver.run(next_item(call_, deadline))
+        while waiting:
+            for opened in list(waiting):
+                turn = deadline.left(SLICE_SECONDS / len(waiting))
+                try:
+                    self._driver.run(next_item(opened, Deadline(turn)))
+                except CallTimeout:
+                    deadline.check()
+                    continue
+                waiting.remove(opened)
+                opened.abandon()
+                if progress is not None:
+                    progress(opened.supervisor.spec.name, time.monotonic() - began)
         return self
 
     def ping(self, role: str | None = None, *, timeout: float | None = PING_SECONDS) -> float:
@@ -260,28 +346,19 @@ class Pool:
             self._driver.run(ping(each, self._driver, timeout)) for each in self._core.named(role)
         )
 
-    def cancel(self, role: str) -> int:
-        """Cancel the role's calls in flight, and return how many those were.
-
-        Whoever waits for one of them gets `CallCancelled`.
-        """
-        return self._core.supervisor(role).cancel_all()
-
-    def status(self) -> dict[str, RoleStatus]:
-        """What each role is doing."""
-        return self._core.status()
-
     def as_async(self) -> AsyncPool:
         """The same workers for event loops. Closing either pool closes both."""
         return AsyncPool._sharing(self._core)
 
-    def close(self, *, timeout: float | None = None) -> None:
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
         """End every worker: calls in flight fail with `PoolClosed`. Final and idempotent.
 
         Args:
-            timeout: seconds until workers are killed, in place of ``close_timeout``.
+            drain: let the calls in flight end first, while new ones are refused.
+            timeout: seconds until workers are killed, in place of ``close_timeout``. With `drain`,
+                seconds that the calls have to end; None for as long as they take.
         """
-        self._core.close(timeout)
+        self._core.close(drain=drain, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -295,30 +372,14 @@ class Pool:
         self.close()
 
 
-class AsyncPool:
+class AsyncPool(_Base):
     """As `Pool`, on an event loop: no call blocks it, and none needs a thread.
 
     Cancelling a task that waits for a call cancels the call. Several loops may share a pool.
     """
 
-    def __init__(
-        self,
-        *,
-        log_dir: str | os.PathLike[str] | None = None,
-        log_level: str = "INFO",
-        start_timeout: float = 120.0,
-        close_timeout: float = 2.0,
-        wait: str = "adaptive",
-        **roles: RoleLike,
-    ) -> None:
-        """As `Pool.__init__`."""
-        settings = {
-            "log_level": log_level,
-            "start_timeout": start_timeout,
-            "close_timeout": close_timeout,
-            "wait": wait,
-        }
-        self._core = _Core(_options(log_dir, settings), roles)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._driver = LoopDriver()
 
     @classmethod
@@ -369,14 +430,21 @@ class AsyncPool:
         opening = partial(open_call, supervisor, self._driver, kind, payload)
         return AsyncStream(self._driver, opening, timeout, _as_they_are)
 
-    async def start(self, *, timeout: float | None = None) -> Self:
+    async def start(
+        self,
+        *,
+        timeout: float | None = None,
+        progress: Callable[[str, float], object] | None = None,
+    ) -> Self:
         """As `Pool.start`."""
-        await asyncio.gather(
-            *(
-                self._driver.run(call(each, self._driver, READY_KIND, None, timeout))
-                for each in self._core.supervisors.values()
-            )
-        )
+        began = time.monotonic()
+
+        async def start_one(supervisor: Supervisor) -> None:
+            await self._driver.run(call(supervisor, self._driver, READY_KIND, None, timeout))
+            if progress is not None:
+                progress(supervisor.spec.name, time.monotonic() - began)
+
+        await asyncio.gather(*map(start_one, self._core.every_worker()))
         return self
 
     async def ping(self, role: str | None = None, *, timeout: float | None = PING_SECONDS) -> float:
@@ -386,19 +454,11 @@ class AsyncPool:
         ]
         return max(await asyncio.gather(*pings))
 
-    def cancel(self, role: str) -> int:
-        """As `Pool.cancel`."""
-        return self._core.supervisor(role).cancel_all()
-
-    def status(self) -> dict[str, RoleStatus]:
-        """As `Pool.status`."""
-        return self._core.status()
-
-    async def aclose(self, *, timeout: float | None = None) -> None:
+    async def aclose(self, *, drain: bool = False, timeout: float | None = None) -> None:
         """As `Pool.close`."""
         # Waiting for processes to end is the one thing here that has no descriptor to watch
         # on every system.
-        await asyncio.to_thread(self._core.close, timeout)
+        await asyncio.to_thread(self._core.close, drain=drain, timeout=timeout)
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,22 +1,32 @@
-"""Starts a worker process and says how it ended."""
+"""Starts a worker process and says how it ended, and what the system knows of it."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inferpool.config import worker_environment
 
-__all__ = ["RoleLogFile", "WorkerProcess"]
+__all__ = ["RoleLogFile", "WorkerProcess", "native_message", "oom_kills", "resident_bytes"]
 
 _TAIL_BYTES = 4096
 _TAIL_LINES = 30
+
+# What ggml, libc, the C++ runtime, CPython and Rust say before they end a process.
+_LAST_WORDS = re.compile(
+    r"^.*(?:GGML_ASSERT|GGML_ABORT|ggml_abort|Assertion .* failed|terminate called|"
+    r"Fatal Python error|stack smashing|\b(?:free|malloc|realloc|munmap_chunk)\(\): |double free|"
+    r"panicked at).*$",
+    re.MULTILINE,
+)
 
 
 class RoleLogFile:
@@ -52,6 +62,21 @@ class RoleLogFile:
             return f"(no log: {error})"
         return "\n".join(end.decode(errors="replace").splitlines()[-_TAIL_LINES:])
 
+    def append(self, line: str) -> None:
+        """Add a line of the host's, in the form of the worker's. A log that is gone stays so."""
+        if self.path is None:
+            return  # nobody could read it once the descriptor is closed
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        text = f"{stamp},{int(now * 1000) % 1000:03} INFO inferpool.host: {line}\n"
+        with contextlib.suppress(OSError):
+            # The worker may have rotated the file since it was opened here.
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                os.write(fd, text.encode(errors="replace"))
+            finally:
+                os.close(fd)
+
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self._fd)
@@ -60,13 +85,16 @@ class RoleLogFile:
 class WorkerProcess:
     """A child process that runs ``python -m inferpool.worker``."""
 
-    def __init__(self, argument: str, fds: Sequence[int], log: RoleLogFile) -> None:
+    def __init__(
+        self, argument: str, fds: Sequence[int], log: RoleLogFile, environment: Mapping[str, str]
+    ) -> None:
         """Start the process.
 
         Args:
             argument: the one command-line argument.
             fds: descriptors that it inherits under the same numbers.
             log: takes its output.
+            environment: variables beside, or in place of, the host's.
 
         Raises:
             OSError: the system could not start it.
@@ -81,7 +109,7 @@ class WorkerProcess:
             stderr=log.fileno(),
             pass_fds=fds,
             process_group=0,
-            env=worker_environment(),
+            env=worker_environment(environment),
         )
 
     @property
@@ -107,3 +135,38 @@ def _describe(returncode: int) -> str:
         return signal.Signals(-returncode).name
     except ValueError:
         return f"signal {-returncode}"
+
+
+def native_message(tail: str) -> str | None:
+    """The line of a log's tail in which a native library says why it ended the process."""
+    found = _LAST_WORDS.search(tail)
+    return None if found is None else found.group().strip()
+
+
+def resident_bytes(pid: int) -> int | None:
+    """Memory of a process that is in RAM, mapped model files included; None if it is gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def oom_kills() -> int | None:
+    """How many processes of this control group the kernel has killed for want of memory.
+
+    None where that cannot be known, as in the root group.
+    """
+    try:
+        groups = Path("/proc/self/cgroup").read_text()
+        # Version 1 if the controller is named, version 2 otherwise.
+        if named := re.search(r"^\d+:(?:.*,)?memory(?:,.*)?:/(.*)$", groups, re.MULTILINE):
+            counts = Path("/sys/fs/cgroup/memory", named.group(1), "memory.oom_control")
+        elif unified := re.search(r"^0::/(.*)$", groups, re.MULTILINE):
+            counts = Path("/sys/fs/cgroup", unified.group(1), "memory.events")
+        else:
+            return None
+        count = re.search(r"^oom_kill (\d+)$", counts.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if count is None else int(count.group(1))

@@ -63,7 +63,7 @@ class Stream(Iterator[T], Generic[T]):
 
     def cancel(self) -> None:
         """End the call from any thread; whoever iterates gets `CallCancelled`."""
-        self._opened.call.cancel()
+        self._opened.cancel()
         self._ready.clear()
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         if self._opened is None:
             self._ended = True
         else:
-            self._opened.call.cancel()
+            self._opened.cancel()
 
     def close(self) -> None:
         """Stop the answer; iteration ends. Idempotent."""

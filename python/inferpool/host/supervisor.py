@@ -1,136 +1,334 @@
-"""Keeps at most one worker alive for a role."""
+"""Keeps a role's workers: starts them, chooses between them, releases and replaces them."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from inferpool.errors import PoolClosed
+from inferpool import codec
+from inferpool.errors import InferpoolError, PoisonousRequest, PoolClosed, QueueFull, RoleDegraded
 from inferpool.host.incarnation import Incarnation, RoleSpec
-from inferpool.messages import SandboxReport
+from inferpool.host.process import resident_bytes
+from inferpool.host.restart import CrashRecord
+from inferpool.host.status import RoleStatus
 
-__all__ = ["RoleStatus", "Supervisor"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleStatus:
-    """What is known of a role right now."""
-
-    role: str
-    state: str
-    """``"stopped"``, ``"starting"``, ``"ready"`` or ``"dead"`` (until the next call)."""
-    pid: int | None
-    incarnation: int
-    """How many workers the role has had so far."""
-    uptime: float | None
-    """Seconds since the worker was started."""
-    loading: float
-    """How much of the session has been built, from 0 to 1, as far as the worker says."""
-    load_seconds: float | None
-    """Seconds that the session took to build."""
-    sandbox: SandboxReport | None
-    """What the worker gave up before it opened anything; None until its session stands."""
-    in_flight: int
-    """Calls that have not ended."""
-    counters: dict[str, int]
-    """What the channels of all its workers have done so far: ``frames_sent`` and
-    ``bytes_sent`` (requests), ``frames_received`` and ``bytes_received`` (answers),
-    ``fragments`` (records of frames that took several), ``parks`` (sleeps of waiting threads),
-    ``spins_won`` (waits that ended before a sleep), ``wakes_sent`` and ``wakes_suppressed``
-    (the worker slept, or was awake), ``full_waits`` (for space or a free call slot),
-    ``rescued_waits`` (lost wake-ups; 0 unless there is a bug), ``dropped_late`` (frames for
-    calls given up before), ``violations`` (of the format, by a worker)."""
+__all__ = ["MemoryBudget", "Supervisor"]
 
 
 class Supervisor:
-    """Starts a role's worker when it is needed, and again after it died."""
+    """The workers of one role.
 
-    def __init__(self, spec: RoleSpec) -> None:
+    Attributes:
+        spec: the role; a change holds for workers started from then on.
+        at_hand: the worker that may get a call without another question, see `calls.try_call`.
+    """
+
+    def __init__(self, spec: RoleSpec, budget: MemoryBudget) -> None:
         self.spec = spec
-        self._lock = threading.Lock()
+        self._budget = budget
+        self._lock = threading.RLock()
+        # One place for each replica.
+        self._places: list[Incarnation | None] = [None] * spec.role.replicas
+        # Every worker that has not ended, those that take no more calls too.
+        self._members: set[Incarnation] = set()
         self.at_hand: Incarnation | None = None
-        """The worker that may get a call without another question, see `calls.try_call`."""
         self._count = 0
         self._closed = False
-        # Of the workers before this one.
+        self._crashes = CrashRecord(spec.policy)
+        self._crash_count = 0
+        self._last_exit: str | None = None
+        self._last_crashed = False
+        self._idle_timer: threading.Timer | None = None
+        self._memory_before = 0
+        # Of the workers before these.
         self._counters: Counter[str] = Counter()
 
-    def incarnation(self) -> Incarnation:
-        """The living worker, started if there is none. Does not wait for its session.
+    @property
+    def is_closed(self) -> bool:
+        """Whether calls are refused for good."""
+        return self._closed
+
+    def admit(self, parts: codec.Parts) -> None:
+        """Refuse a request that must not reach a worker.
+
+        Raises:
+            PoisonousRequest: it has crashed two of them.
+            QueueFull: ``max_queue`` calls are in flight.
+        """
+        if self._crashes.is_poisonous(parts):
+            raise PoisonousRequest(
+                f"this request has crashed a worker of role {self.spec.name!r} twice"
+            )
+        limit = self.spec.policy.max_queue
+        if limit is not None and sum(len(each.flights) for each in list(self._members)) >= limit:
+            raise QueueFull(f"role {self.spec.name!r} has {limit} calls in flight already")
+
+    def current(self) -> Incarnation | None:
+        """The worker that should take the next call; None if one is to be started for it.
 
         Raises:
             PoolClosed: `close` was called.
+        """
+        if self._closed:
+            raise PoolClosed("the pool is closed")
+        places = self._places
+        if len(places) == 1:
+            only = places[0]
+            return None if only is None or only.ended else only
+        best = self._least_busy()
+        if best is not None and best.flights and not all(places):
+            return None
+        return best
+
+    def _least_busy(self) -> Incarnation | None:
+        living = [each for each in self._places if each is not None and not each.ended]
+        return min(living, key=lambda each: len(each.flights), default=None)
+
+    def pause(self) -> float:
+        """Seconds until a worker may be started, because others have crashed."""
+        with self._lock:
+            self._sweep()
+            if self._crashes.degraded is not None or self._least_busy() is not None:
+                return 0.0
+            return self._crashes.pause()
+
+    def start(self) -> Incarnation:
+        """The worker that should take the next call, started if need be. Does not wait for it.
+
+        Raises:
+            PoolClosed: `close` was called.
+            RoleDegraded: there were too many crashes.
             WorkerStartError: the process could not be started.
         """
-        current = self.at_hand
-        if current is not None and not current.ended:
-            return current
+        self._budget.make_room(self, self._memory_before)
         with self._lock:
-            if self._closed:
-                raise PoolClosed("the pool is closed")
-            current = self.at_hand
-            if current is None or not current.alive:
-                if current is not None:
-                    self._end(current)
-                self._count += 1
-                current = self.at_hand = Incarnation(self.spec, self._count)
-            return current
+            self._sweep()
+            best = self.current()
+            if best is not None:
+                return best
+            if self._crashes.degraded is None and not self._crashes.pause():
+                return self._fill(self._places.index(None))
+            best = self._least_busy()
+            if best is not None:
+                return best
+            raise RoleDegraded(
+                f"role {self.spec.name!r} is degraded: it {self._crashes.degraded}",
+                role=self.spec.name,
+                incarnation=self._count,
+            )
+
+    def _fill(self, place: int) -> Incarnation:
+        self._count += 1
+        started = Incarnation(self.spec, self._count, place, self._release)
+        self._places[place] = started
+        self._members.add(started)
+        policy = self.spec.policy
+        limits = (policy.max_queue, policy.call_timeout)
+        if len(self._places) == 1 and limits == (None, None) and not self._crashes.suspects:
+            self.at_hand = started
+        if policy.idle_timeout is not None and not policy.keep_alive:
+            self._set_idle_timer(policy.idle_timeout)
+        return started
+
+    def living(self) -> list[Incarnation]:
+        """The workers that take calls."""
+        return [each for each in self._places if each is not None and not each.ended]
 
     def replace(self, incarnation: Incarnation) -> None:
-        """Take note that a worker died before it took a call."""
+        """Take note that a worker has ended."""
         with self._lock:
-            if self.at_hand is incarnation:
+            if incarnation in self._members:
                 self._end(incarnation)
+
+    def explain(self, incarnation: Incarnation, error: InferpoolError) -> InferpoolError:
+        """End a worker after an error of its channel, and say what happened to a call of its."""
+        explained = incarnation.explain(error)
+        self.replace(incarnation)
+        return explained
+
+    def became_ready(self) -> None:
+        """Take note that a session stands, which may need more memory than there should be."""
+        self._budget.make_room(self, 0)
 
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were."""
-        current = self.at_hand
-        return 0 if current is None else current.cancel_all()
+        return sum(each.cancel_all() for each in list(self._members))
+
+    def reset(self) -> None:
+        """Forget the crashes, so that the role gets workers again."""
+        with self._lock:
+            self._sweep()
+            self._crashes = CrashRecord(self.spec.policy)
+
+    def configure(self, spec: RoleSpec) -> None:
+        """Start workers by `spec` from now on. Those there are end after their calls."""
+        with self._lock:
+            if self._closed:
+                raise PoolClosed("the pool is closed")
+            self._sweep()
+            retired = [each for each in self._places if each is not None]
+            self.spec = spec
+            self.at_hand = None
+            self._crashes = CrashRecord(spec.policy)
+            self._places = [None] * spec.role.replicas
+            for each in retired:
+                if each.retire():
+                    self._release(each)
+
+    def release(self, incarnation: Incarnation) -> bool:
+        """Let a worker end if it is idle; whether it was."""
+        with self._lock:
+            if incarnation not in self._places or not incarnation.retire(only_if_idle=True):
+                return False
+            self._places[incarnation.replica] = self.at_hand = None
+            self._release(incarnation)
+            return True
+
+    def _release(self, incarnation: Incarnation) -> None:
+        """Let a worker end that takes no more calls, in the background."""
+        incarnation.ask_to_end()
+        timeout = self.spec.options.close_timeout
+        threading.Thread(
+            target=self._end, args=(incarnation, timeout), name="inferpool-release", daemon=True
+        ).start()
+
+    def _set_idle_timer(self, seconds: float) -> None:
+        if self._idle_timer is None and not self._closed:
+            self._idle_timer = threading.Timer(seconds, self._release_idle)
+            self._idle_timer.daemon = True
+            self._idle_timer.start()
+
+    def _release_idle(self) -> None:
+        with self._lock:
+            self._idle_timer = None
+            limit = self.spec.policy.idle_timeout
+            if limit is None:
+                return
+            left = []
+            for each in self.living():
+                idle = 0.0 if each.flights else time.monotonic() - each.last_used
+                if idle < limit or not self.release(each):
+                    left.append(max(limit - idle, 0.01))
+            if left:
+                self._set_idle_timer(min(left))
 
     def ask_to_end(self) -> None:
-        """Refuse calls from now on, fail those in flight, and tell the worker to end."""
+        """Refuse calls from now on, fail those in flight, and tell the workers to end."""
         with self._lock:
-            self._closed = True
-            if self.at_hand is not None:
-                self.at_hand.ask_to_end()
+            self.refuse()
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
+                self._idle_timer = None
+            for each in self._members:
+                each.ask_to_end()
+
+    def refuse(self) -> None:
+        """Refuse calls from now on, and let those in flight go on."""
+        self._closed = True
+        self.at_hand = None
+
+    def in_flight(self) -> int:
+        """Calls that have not ended."""
+        return sum(len(each.in_flight()) for each in list(self._members))
 
     def end(self, timeout: float) -> None:
-        """After `ask_to_end`: make sure that the worker has ended within `timeout` seconds."""
-        current = self.at_hand
-        if current is not None:
-            self._end(current, timeout)
+        """After `ask_to_end`: make sure that the workers have ended within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for each in list(self._members):
+            self._end(each, max(0.0, deadline - time.monotonic()))
+
+    def _sweep(self) -> None:
+        """Take note of workers that have ended by themselves."""
+        for each in list(self._members):
+            if not each.asked_to_end and not each.alive:
+                self._end(each)
 
     def _end(self, incarnation: Incarnation, timeout: float = 0.0) -> None:
         incarnation.end(timeout)
-        self._counters.update(incarnation.channel.counters())
-        # Its memory and descriptors go, even if a closed pool is kept.
-        self.at_hand = None
+        with self._lock:
+            if incarnation not in self._members:
+                return
+            # Its memory and descriptors go, even if a closed pool is kept.
+            self._members.discard(incarnation)
+            if incarnation in self._places:
+                self._places[incarnation.replica] = None
+            if self.at_hand is incarnation:
+                self.at_hand = None
+            self._counters.update(incarnation.channel.counters())
+            self._last_exit = incarnation.epitaph()
+            self._last_crashed = incarnation.crashed
+            if incarnation.ready is not None:
+                self._crashes.loaded()
+            if incarnation.crashed:
+                self._crash_count += 1
+                at_load = incarnation.ready is None and incarnation.by_itself
+                suspect = incarnation.suspect
+                self._crashes.crashed(at_load=at_load, suspect=suspect, how=self._last_exit)
 
     def status(self) -> RoleStatus:
         """See `RoleStatus`."""
-        current = self.at_hand
-        if current is None or self._closed:
-            state = "stopped"
-        elif not current.alive:
-            state = "dead"
-        else:
-            state = "ready" if current.is_ready() else "starting"
+        if not self._closed:
+            with self._lock:
+                self._sweep()
+        members = [] if self._closed else sorted(self._members, key=lambda each: each.number)
         counters = self._counters.copy()
-        if current is not None:
-            counters.update(current.channel.counters())
-        running = current if state in ("starting", "ready") else None
-        ready = running.ready if running else None
+        for each in members:
+            counters.update(each.channel.counters())
+        workers = tuple(each.status() for each in members if not each.ended)
+        states = {each.state for each in workers}
+        if self._crashes.degraded is not None and not states:
+            without = "degraded"
+        else:
+            without = "dead" if self._last_crashed and not self._closed else "stopped"
+        state = next((each for each in ("busy", "ready", "starting") if each in states), without)
+        first = workers[0] if workers else None
+        queue = [call for each in workers for call in each.calls if not call.taken]
         return RoleStatus(
             role=self.spec.name,
             state=state,
-            pid=running.pid if running else None,
+            pid=first.pid if first else None,
             incarnation=self._count,
-            uptime=time.monotonic() - running.started if running else None,
-            loading=1.0 if ready else running.loading if running else 0.0,
-            load_seconds=ready.load_seconds if ready else None,
-            sandbox=ready.sandbox if ready else None,
-            in_flight=len(running.in_flight()) if running else 0,
+            uptime=first.uptime if first else None,
+            loading=first.loading if first else 0.0,
+            load_seconds=first.load_seconds if first else None,
+            sandbox=first.sandbox if first else None,
+            in_flight=sum(len(each.in_flight()) for each in members),
+            queue=len(queue),
+            memory=sum(each.memory or 0 for each in workers),
+            restarts=self._crash_count,
+            last_exit=self._last_exit,
+            degraded=self._crashes.degraded,
+            workers=workers,
             counters=dict(counters),
         )
+
+
+class MemoryBudget:
+    """What the workers of a pool may have in RAM together."""
+
+    def __init__(self, limit: int | None, supervisors: Mapping[str, Supervisor]) -> None:
+        self._limit = limit
+        self._supervisors = supervisors
+
+    def make_room(self, asking: Supervisor, needed: int) -> None:
+        """Release idle workers, the least recently used first, until `needed` bytes fit.
+
+        Those of the role that asks stay, as do busy ones and those that are to be kept alive.
+        """
+        if self._limit is None:
+            return
+        everybody = [
+            (each.last_used, resident_bytes(each.pid) or 0, supervisor, each)
+            for supervisor in self._supervisors.values()
+            for each in supervisor.living()
+        ]
+        over = sum(memory for _, memory, _, _ in everybody) + needed - self._limit
+        for _, memory, supervisor, each in sorted(everybody, key=lambda entry: entry[0]):
+            if over <= 0:
+                return
+            if supervisor is asking or supervisor.spec.policy.keep_alive:
+                continue
+            if supervisor.release(each):
+                over -= memory

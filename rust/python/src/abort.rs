@@ -24,7 +24,7 @@ impl PyAbortToken {
     }
 
     fn is_set(&self) -> bool {
-        self.0.is_set()
+        self.0.look()
     }
 
     #[getter]

@@ -111,6 +111,7 @@ impl PyHostChannel {
         let state = CallState {
             unsent: None,
             id: Some(asked.map_err(Raised::from)?),
+            position: None,
             finished: false,
         };
         Ok(PyCall {
@@ -148,6 +149,11 @@ impl PyHostChannel {
                 result => return Ok(result.map_err(Raised::from)?),
             }
         }
+    }
+
+    #[getter]
+    fn reader_behind(&self) -> bool {
+        self.0.is_reader_behind()
     }
 
     fn in_flight(&self) -> Vec<u64> {
@@ -190,6 +196,7 @@ impl PyHostChannel {
     ) -> PyCall {
         let state = CallState {
             id: outgoing.call(),
+            position: outgoing.position(),
             unsent: if sent { None } else { Some((outgoing, parts)) },
             finished: false,
         };
@@ -210,6 +217,8 @@ struct CallState {
     /// The request, until it is all out.
     unsent: Option<(Outgoing, Parts)>,
     id: Option<u64>,
+    /// Where the request's first record ends in the ring.
+    position: Option<u64>,
     finished: bool,
 }
 
@@ -233,6 +242,19 @@ impl PyCall {
     #[getter]
     fn sent(&self) -> bool {
         self.state().unsent.is_none()
+    }
+
+    #[getter]
+    fn taken(&self) -> bool {
+        let position = self.state().position;
+        position.is_some_and(|position| self.host.has_taken(position))
+    }
+
+    fn is_over(&self, py: Python<'_>) -> PyResult<bool> {
+        let Some(id) = self.state().id else {
+            return Ok(true);
+        };
+        Ok(py.detach(|| self.host.is_over(id)).map_err(Raised::from)?)
     }
 
     /// Sends what fits now.
@@ -378,6 +400,7 @@ impl PyCall {
         let sent = send(&mut outgoing, &parts);
         let mut state = self.state();
         state.id = outgoing.call();
+        state.position = outgoing.position();
         if !matches!(sent, Ok(true)) {
             state.unsent = Some((outgoing, parts));
         }

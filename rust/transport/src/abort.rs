@@ -68,14 +68,19 @@ impl AbortToken {
         self.vitals.shutdown.load(Ordering::Relaxed) || self.is_cancelled()
     }
 
-    /// For native code: whether to abort. Each look counts as progress.
+    /// As [`Self::is_set`], for whoever works: each look counts as progress.
+    pub fn look(&self) -> bool {
+        self.vitals.polls.fetch_add(1, Ordering::Relaxed);
+        self.is_set()
+    }
+
+    /// [`Self::look`] for native code.
     ///
     /// # Safety
     /// `token` must point to a live [`AbortToken`].
     pub unsafe extern "C" fn poll(token: *mut c_void) -> bool {
         // SAFETY: the caller's promise.
         let token = unsafe { &*token.cast::<Self>() };
-        token.vitals.polls.fetch_add(1, Ordering::Relaxed);
-        token.is_set()
+        token.look()
     }
 }

@@ -253,6 +253,19 @@ impl Calls {
         id
     }
 
+    /// Whether the worker can still send something for the call.
+    pub fn is_held(&self, id: u64) -> bool {
+        self.table
+            .get(&id)
+            .is_some_and(|call| call.slot().is_some())
+    }
+
+    /// Whether the worker waits until more of some answer is read.
+    pub fn is_reader_behind(&self) -> bool {
+        let behind = |call: &Call| !call.is_decided() && call.received - call.published >= WINDOW;
+        self.table.values().any(behind)
+    }
+
     /// Whether the call can still be sent: it has no outcome yet.
     pub fn is_undecided(&self, id: u64) -> bool {
         self.table.get(&id).is_some_and(|call| !call.is_decided())

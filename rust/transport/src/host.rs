@@ -34,6 +34,9 @@ use counters::Tally;
 /// must not depend on the clock.
 const FRESH: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 100 });
 
+/// More than the records of a ring of 4 MiB.
+const BATCHES_AT_A_LOOK: usize = 4096;
+
 struct Reader {
     ring: Consumer<RingMemory>,
     assembler: Assembler,
@@ -295,6 +298,31 @@ impl Host {
     /// Calls that have no outcome yet.
     pub fn in_flight(&self) -> Vec<u64> {
         lock(&self.calls).undecided()
+    }
+
+    /// Whether the worker is done with the call, whatever became of it here. Looks at what has
+    /// arrived, without waiting: where nobody waits, nobody else does.
+    pub fn is_over(&self, call: u64) -> Result<bool> {
+        if lock(&self.calls).is_held(call) {
+            self.check_owner()?;
+            if let Some(mut reader) = self.try_lead() {
+                // As in `spin_for_answer`.
+                reader.ring.disarm();
+                // An endless answer must not keep this caller.
+                for _ in 0..BATCHES_AT_A_LOOK {
+                    if !self.pump(&mut reader, None) {
+                        break;
+                    }
+                }
+            }
+            self.hand_over(None);
+        }
+        Ok(!lock(&self.calls).is_held(call))
+    }
+
+    /// Whether the worker waits until more of some answer is read here.
+    pub fn is_reader_behind(&self) -> bool {
+        lock(&self.calls).is_reader_behind()
     }
 
     /// Counts so far.

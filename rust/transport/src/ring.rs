@@ -93,6 +93,11 @@ impl<M: Memory> Producer<M> {
         max_body(self.memory.capacity())
     }
 
+    /// Position up to which records are published.
+    pub fn position(&self) -> u64 {
+        self.tail
+    }
+
     /// Writes one record if there is space for it, and says whether the consumer wants a ring of
     /// its doorbell; `None` means that the ring is full. `fill` writes the body through the
     /// callback it gets, in order and in full.
@@ -298,6 +303,11 @@ pub fn nudge(memory: &impl Memory) -> bool {
     // SYNC POINT D
     fence(Ordering::SeqCst);
     take_flag(memory.producer_armed())
+}
+
+/// How far the consumer says that it has read. Nothing may depend on it but what is told of calls.
+pub fn consumed(memory: &impl Memory) -> u64 {
+    memory.head().load(Ordering::Relaxed)
 }
 
 /// How far the consumer has read, if it sleeps though there is more. For a short while that is

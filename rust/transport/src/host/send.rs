@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::notify::Notifier;
 use crate::record::{FIRST, Header, Kind, LAST, WHOLE};
-use crate::ring::Producer;
+use crate::ring::{Producer, consumed};
 use crate::segment::RingMemory;
 use crate::sync::Ordering;
 use crate::{Patience, lock, try_lock};
@@ -22,6 +22,7 @@ pub struct Outgoing {
     done: bool,
     /// Flags beside those of its fragments.
     flags: u16,
+    position: u64,
 }
 
 impl Outgoing {
@@ -36,6 +37,11 @@ impl Outgoing {
     /// Id of the call, once there is one.
     pub fn call(&self) -> Option<u64> {
         self.opened.map(|(call, _)| call)
+    }
+
+    /// Where in the ring its first record ends, once that is out.
+    pub fn position(&self) -> Option<u64> {
+        self.at.map(|_| self.position)
     }
 }
 
@@ -131,6 +137,7 @@ impl Host {
             let Some(ring) = pushed else { return Ok(false) };
             if let Some(mut calls) = calls {
                 calls.mark_sent(call);
+                outgoing.position = sender.position();
             }
             self.wake_for_request(ring);
             outgoing.at = Some(end);
@@ -184,6 +191,12 @@ impl Host {
             }
         }
         Ok(outgoing.opened)
+    }
+
+    /// Whether the worker has read the request's first record, as far as it says. Holds after its
+    /// death too.
+    pub fn has_taken(&self, position: u64) -> bool {
+        consumed(&self.request_memory) >= position
     }
 
     /// Waits until [`Self::try_send`] may get further.

@@ -1,0 +1,58 @@
+"""A call as its worker's supervision sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import msgspec
+
+from inferpool._transport import Call
+from inferpool.codec import Parts
+from inferpool.errors import GivenUp
+from inferpool.host.status import CallStatus
+
+__all__ = ["Flight", "digest"]
+
+
+class Flight(GivenUp):
+    """One call from before it is sent until its worker is done with it."""
+
+    __slots__ = ("began", "call", "given_up_at", "kind", "parts")
+
+    def __init__(self, kind: str, parts: Parts) -> None:
+        super().__init__()
+        self.kind = kind
+        self.parts = parts
+        self.began = time.monotonic()
+        self.call: Call | None = None
+        self.given_up_at: float | None = None
+
+    def taken(self) -> bool:
+        """Whether the worker has begun with it; still known when that worker is dead."""
+        return self.call is not None and self.call.taken
+
+    def status(self) -> CallStatus:
+        """See `CallStatus`."""
+        return CallStatus(
+            kind=self.kind,
+            age=time.monotonic() - self.began,
+            taken=self.taken(),
+            given_up=self.given_up_at is not None,
+        )
+
+    def describe(self) -> str:
+        """Kind and age, for people."""
+        given_up = "" if self.given_up_at is None else ", given up"
+        return f"{self.kind} ({time.monotonic() - self.began:.1f} s{given_up})"
+
+
+def digest(parts: Parts) -> bytes:
+    """Stands for the content of a request."""
+    content = hashlib.blake2b(digest_size=16)
+    buffers = [msgspec.msgpack.encode(parts)] if isinstance(parts, tuple) else parts
+    for part in buffers:
+        view = memoryview(part)
+        content.update(view.nbytes.to_bytes(8, "little"))
+        content.update(view)
+    return content.digest()

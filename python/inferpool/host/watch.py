@@ -1,0 +1,92 @@
+"""Tells a busy worker from a stuck one.
+
+Nobody watches a worker that has nothing to do. While calls are in flight, whoever waits for one
+looks every `SLICE_SECONDS`: it takes the heartbeat's last answer and asks again, without waiting.
+Time counts as frozen only when it was looked at: a host that was itself stopped, or too busy to
+look, has seen nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from inferpool._transport import Call, HostChannel, Progress
+from inferpool.errors import CallTimeout, InferpoolError
+
+__all__ = ["SLICE_SECONDS", "Watch"]
+
+SLICE_SECONDS = 0.2
+"""How long a caller waits before it looks at its worker's progress."""
+_LATE_SECONDS = 1.0
+"""Passed between two looks only if the host itself did not run."""
+
+
+class Watch:
+    """How long one worker has made no progress.
+
+    Attributes:
+        frozen: seconds since the last sign of progress, as far as they were observed.
+    """
+
+    def __init__(self, channel: HostChannel) -> None:
+        self.frozen = 0.0
+        self._progress: Progress | None = None
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._question: Call | None = None
+        self._looked = time.monotonic()
+
+    def counts(self) -> dict[str, int]:
+        """What the heartbeat said last, by name; nothing before its first answer."""
+        last = self._progress
+        if last is None:
+            return {}
+        return {
+            "requests": last.requests,
+            "replies": last.replies,
+            "finished": last.finished,
+            "polls": last.polls,
+        }
+
+    def begin(self) -> None:
+        """Start the count anew: the first call begins, or the session stands."""
+        self._looked = time.monotonic()
+        self._question = None
+        self.frozen = 0.0
+
+    def look(self) -> float:
+        """Ask again, without waiting, and return what `frozen` is then."""
+        if not self._lock.acquire(blocking=False):
+            return 0.0  # somebody else looks
+        try:
+            now = time.monotonic()
+            passed = now - self._looked
+            if passed < SLICE_SECONDS / 2:
+                return self.frozen
+            self._looked = now
+            news = self._hear()
+            if news or (news is False and self._channel.reader_behind):
+                self.frozen = 0.0
+            elif passed > _LATE_SECONDS:
+                return 0.0  # what was heard is as old as that; the next look decides
+            else:
+                self.frozen += passed
+            return self.frozen
+        finally:
+            self._lock.release()
+
+    def _hear(self) -> bool | None:
+        """Whether the heartbeat's answer has news; None while there is none. Asks again."""
+        moved = True
+        try:
+            question, before = self._question, self.counts()
+            if question is not None:
+                self._progress = question.next(timeout=0).progress
+                moved = self.counts() != before
+            self._question = self._channel.ping()
+        except CallTimeout:
+            return None
+        except InferpoolError:
+            self._question = None  # the worker has ended, which its calls learn by themselves
+        return moved

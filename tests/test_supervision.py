@@ -1,0 +1,470 @@
+"""Restarts, verdicts, releases: what the host does about its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import echo_role, eventually, is_running
+
+from inferpool import (
+    AsyncPool,
+    CallCancelled,
+    CallTimeout,
+    PoisonousRequest,
+    Policy,
+    Pool,
+    PoolClosed,
+    QueueFull,
+    RoleDegraded,
+    WorkerCrashed,
+    WorkerStartError,
+    WorkerStuck,
+)
+
+
+def crash(pool: Pool, code: int, role: str = "echo") -> None:
+    with pytest.raises(WorkerCrashed):
+        pool.call(role, "exit", code)
+
+
+# Restarts.
+
+
+def test_too_many_crashes_degrade_the_role_until_it_is_reset() -> None:
+    policy = Policy(max_crashes=2, backoff=0.0)
+    with Pool(echo=echo_role(), other=echo_role(), policy=policy) as pool:
+        for code in (1, 2, 3):
+            pool.call("echo", "echo")
+            crash(pool, code)
+        for _ in range(2):
+            with pytest.raises(RoleDegraded, match=r"crashed 3 times in 60 s; last: .*exit code 3"):
+                pool.call("echo", "echo")
+        status = pool.status()["echo"]
+        assert (status.state, status.restarts, status.incarnation) == ("degraded", 3, 3)
+        assert status.degraded is not None
+        assert pool.call("other", "echo", 1) == 1
+        pool.reset("echo")
+        assert pool.call("echo", "echo", 1) == 1
+        assert pool.status()["echo"].degraded is None
+
+
+def test_crashes_outside_of_the_window_do_not_count() -> None:
+    policy = Policy(max_crashes=1, crash_window=0.2, backoff=0.0)
+    with Pool(echo=echo_role(), policy=policy) as pool:
+        for code in range(4):
+            pool.call("echo", "echo")
+            crash(pool, code)
+            time.sleep(0.25)
+        assert pool.call("echo", "echo", 1) == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_second_restart_in_a_row_waits(asynchronous: bool) -> None:
+    with Pool(echo=echo_role(), policy=Policy(backoff=1.0)) as pool:
+        for code in (1, 2):
+            pool.call("echo", "echo")
+            crash(pool, code)
+        with pytest.raises(CallTimeout):
+            pool.call("echo", "echo", timeout=0.05)
+        assert pool.status()["echo"].incarnation == 2
+        if asynchronous:
+            assert asyncio.run(pool.as_async().call("echo", "echo", 1)) == 1
+        else:
+            assert pool.call("echo", "echo", 1) == 1
+        assert pool.status()["echo"].incarnation == 3
+
+
+def test_a_request_that_crashed_two_workers_is_refused() -> None:
+    with Pool(echo=echo_role(), policy=Policy(backoff=0.0)) as pool:
+        for _ in range(2):
+            pool.call("echo", "echo")
+            crash(pool, 7)
+        with pytest.raises(PoisonousRequest):
+            pool.call("echo", "exit", 7)
+        assert pool.call("echo", "echo", 1) == 1
+        pool.reset("echo")
+        crash(pool, 7)
+
+
+def test_a_request_is_not_blamed_for_what_others_do() -> None:
+    policy = Policy(max_crashes=100, backoff=0.0)
+    with Pool(echo=echo_role(), policy=policy) as pool:
+        for turn in range(3):
+            pool.call("echo", "echo")
+            busy = pool.stream("echo", "wait_for_abort")
+            next(busy)
+            queued = pool.stream("echo", "count", 1)
+            pid = pool.status()["echo"].pid
+            assert pid is not None
+            # First from outside; then by the one that the worker is busy with.
+            os.kill(pid, signal.SIGKILL if turn < 2 else signal.SIGSEGV)
+            for stream in (busy, queued):
+                with pytest.raises(WorkerCrashed):
+                    next(stream)
+        assert list(pool.stream("echo", "count", 1)) == [0]
+
+
+def test_a_model_that_crashes_twice_at_load_is_quarantined() -> None:
+    with Pool(bad=echo_role(exit=9), policy=Policy(max_crashes=9, backoff=0.0)) as pool:
+        for _ in range(2):
+            with pytest.raises(WorkerStartError, match="exit code 9"):
+                pool.call("bad", "echo")
+        with pytest.raises(RoleDegraded, match="while it loaded, 2 times in a row"):
+            pool.call("bad", "echo")
+        pool.configure("bad", echo_role())
+        assert pool.call("bad", "echo", 1) == 1
+
+
+@pytest.mark.parametrize(("retry", "outcome"), [(0, "crash"), (1, "answer")])
+def test_a_call_is_made_again_only_if_its_role_allows_it(
+    tmp_path: Path, retry: int, outcome: str
+) -> None:
+    role = echo_role()
+    role = type(role)(role.session, role.handlers, retry=retry)
+    with Pool(echo=role) as pool:
+        pool.start()
+        marker = str(tmp_path / "crashed")
+        try:
+            answer = pool.call("echo", "exit_once", marker)
+        except WorkerCrashed:
+            answer = "crash"
+        assert answer == outcome
+        assert pool.status()["echo"].restarts == 1
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("how", ["sleep", "hold_gil", "stopped"])
+def test_a_worker_without_progress_is_stuck(how: str, asynchronous: bool) -> None:
+    with Pool(echo=echo_role(), policy=Policy(stuck_after=0.5)) as pool:
+        pid = pool.call("echo", "facts")["pid"]
+        if how == "stopped":
+            os.kill(pid, signal.SIGSTOP)
+        kind = "sleep" if how == "stopped" else how
+        with pytest.raises(WorkerStuck, match=r"made no progress for 0\.5 s") as caught:
+            if asynchronous:
+                asyncio.run(pool.as_async().call("echo", kind, 60.0))
+            else:
+                pool.call("echo", kind, 60.0)
+        assert (caught.value.pid, caught.value.exit) == (pid, "SIGKILL")
+        assert kind in caught.value.in_flight[0]
+        assert not is_running(pid)
+        assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_worker_that_looks_at_its_token_is_busy() -> None:
+    with Pool(echo=echo_role(), policy=Policy(stuck_after=0.4)) as pool:
+        assert pool.call("echo", "poll_for", 1.5) == 1.5
+        status = pool.status()["echo"]
+        assert status.restarts == 0
+        assert status.workers[0].progress["polls"] > 0
+
+
+def test_a_worker_that_waits_for_its_reader_is_not_stuck() -> None:
+    with Pool(echo=echo_role(), policy=Policy(stuck_after=0.4)) as pool:
+        unread = pool.stream("echo", "count", None)
+        assert next(unread) == 0
+        with pytest.raises(CallTimeout):
+            pool.call("echo", "echo", timeout=1.5)
+        assert next(unread) == 1
+        assert pool.status()["echo"].restarts == 0
+
+
+def test_a_host_that_was_stopped_finds_nobody_stuck() -> None:
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from conftest import echo_role\n"
+        "from inferpool import Policy, Pool\n"
+        "with Pool(echo=echo_role(), policy=Policy(stuck_after=2.0)) as pool:\n"
+        "    pool.start()\n"
+        "    print('go', flush=True)\n"
+        "    print(pool.call('echo', 'sleep', 4.5), pool.status()['echo'].restarts)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout is not None
+        assert host.stdout.readline() == "go\n"
+        time.sleep(0.8)
+        host.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)
+        host.send_signal(signal.SIGCONT)
+        assert host.stdout.read() == "4.5 0\n"
+
+
+# The cancel ladder.
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_worker_that_keeps_a_cancelled_call_is_killed(asynchronous: bool) -> None:
+    with Pool(echo=echo_role(), policy=Policy(cancel_grace=0.3)) as pool:
+        pid = pool.call("echo", "facts")["pid"]
+        with pytest.raises(CallTimeout) as caught:
+            pool.call("echo", "sleep", 60, timeout=0.1)
+        assert caught.value.rung == "abort"
+        if asynchronous:
+            assert asyncio.run(pool.as_async().call("echo", "echo", 1, timeout=30)) == 1
+        else:
+            assert pool.call("echo", "echo", 1, timeout=30) == 1
+        assert caught.value.rung == "kill"
+        assert not is_running(pid)
+        last = pool.status()["echo"].last_exit
+        assert last is not None
+        assert "did not let go of a cancelled call within 0.3 s" in last
+        assert "sleep" in last
+
+
+def test_a_worker_is_killed_without_a_next_call() -> None:
+    with Pool(echo=echo_role(), policy=Policy(cancel_grace=0.2)) as pool:
+        pid = pool.call("echo", "facts")["pid"]
+        stream = pool.stream("echo", "hold_gil", 60.0)
+        assert eventually(lambda: pool.status()["echo"].queue == 0)
+        assert pool.cancel("echo") == 1
+        with pytest.raises(CallCancelled):
+            next(stream)
+        assert eventually(lambda: not is_running(pid))
+
+
+def test_a_worker_that_lets_go_in_time_lives(pool: Pool) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    with pytest.raises(CallTimeout) as caught:
+        pool.call("echo", "wait_for_abort", timeout=0.05)
+    assert pool.call("echo", "facts")["pid"] == pid
+    assert caught.value.rung == "abort"
+
+
+def test_a_call_that_was_never_begun_costs_nobody_the_worker() -> None:
+    with Pool(echo=echo_role(), policy=Policy(cancel_grace=0.1)) as pool:
+        pool.start()
+        busy = pool.stream("echo", "sleep", 1.0)
+        with pytest.raises(CallTimeout) as caught:
+            pool.call("echo", "echo", timeout=0.05)
+        assert list(busy) == [1.0]
+        assert caught.value.rung == "flag"
+        assert pool.status()["echo"].restarts == 0
+
+
+def test_a_slow_start_outlives_the_calls_that_give_up() -> None:
+    policy = Policy(cancel_grace=0.1)
+    with Pool(slow=echo_role(load_seconds=1.0), policy=policy) as pool:
+        with pytest.raises(CallTimeout):
+            pool.call("slow", "echo", timeout=0.1)
+        assert pool.call("slow", "echo", 1) == 1
+        assert pool.status()["slow"].incarnation == 1
+
+
+# Evidence.
+
+
+def test_a_crash_error_says_what_was_in_flight_and_what_native_code_said(tmp_path: Path) -> None:
+    with Pool(echo=echo_role(), log_dir=tmp_path) as pool:
+        pool.start()
+        with pytest.raises(WorkerCrashed) as caught:
+            pool.call("echo", "assert")
+        error = caught.value
+        assert error.exit == "SIGABRT"
+        assert error.native_message is not None
+        assert "GGML_ASSERT(index < " in error.native_message
+        assert error.native_message in str(error).splitlines()[0]
+        assert error.in_flight[0].startswith("assert (")
+        assert pool.status()["echo"].last_exit is not None
+    log = (tmp_path / "worker-echo.log").read_text()
+    assert "(incarnation 1) ended: SIGABRT; in flight: assert (" in log
+
+
+def test_a_clean_end_is_in_the_log_too(tmp_path: Path) -> None:
+    with Pool(echo=echo_role(), log_dir=tmp_path) as pool:
+        pool.start()
+    last = (tmp_path / "worker-echo.log").read_text().splitlines()[-1]
+    assert last.endswith("(incarnation 1) ended: exit code 0; closed")
+
+
+# Releases.
+
+
+def test_an_idle_worker_is_released_and_pings_are_no_use() -> None:
+    with Pool(echo=echo_role(), policy=Policy(idle_timeout=0.4)) as pool:
+        pid = pool.call("echo", "facts")["pid"]
+        deadline = time.monotonic() + 10
+        while is_running(pid) and time.monotonic() < deadline:
+            with contextlib.suppress(PoolClosed):
+                pool.ping()
+            time.sleep(0.05)
+        # A ping that found no worker has started one.
+        assert not is_running(pid)
+        assert pool.status()["echo"].restarts == 0
+        assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_busy_worker_outlives_the_idle_timeout() -> None:
+    with Pool(echo=echo_role(), policy=Policy(idle_timeout=0.2)) as pool:
+        pool.start()
+        assert pool.call("echo", "sleep", 1.0) == 1.0
+        assert pool.status()["echo"].incarnation == 1
+        assert eventually(lambda: pool.status()["echo"].state == "stopped")
+
+
+def test_a_worker_to_be_kept_alive_is_not_released() -> None:
+    policy = Policy(idle_timeout=0.1, keep_alive=True)
+    with Pool(echo=echo_role(), policy=policy) as pool:
+        pid = pool.call("echo", "facts")["pid"]
+        time.sleep(0.5)
+        assert pool.call("echo", "facts")["pid"] == pid
+
+
+def test_above_the_memory_budget_the_least_recently_used_idle_worker_goes() -> None:
+    roles = {name: echo_role() for name in ("old", "young", "busy", "new")}
+    kept = type(roles["old"])(
+        roles["old"].session, roles["old"].handlers, policy=Policy(keep_alive=True)
+    )
+    with Pool(kept=kept, **roles, memory_budget=1) as pool:
+        stream = pool.stream("busy", "count", None)
+        next(stream)
+        pool.call("kept", "echo")
+        assert pool.status()["busy"].pid is not None
+        pool.call("old", "echo")
+        assert eventually(lambda: pool.status()["old"].memory > 1 << 20)
+        pool.call("new", "echo")
+        states = {name: each.pid is not None for name, each in pool.status().items()}
+        assert states == {"kept": True, "busy": True, "new": True, "old": False, "young": False}
+        assert next(stream) == 1
+
+
+def test_a_role_is_given_another_model_while_others_stream() -> None:
+    with Pool(echo=echo_role(), other=echo_role()) as pool:
+        other = pool.stream("other", "count", 20_000)
+        old = pool.stream("echo", "count", 1000)
+        next(old)
+        pid = pool.status()["echo"].pid
+        assert pid is not None
+        pool.configure("echo", echo_role(load_seconds=0.1))
+        assert pool.call("echo", "facts")["pid"] != pid
+        assert list(old) == list(range(1, 1000))
+        assert eventually(lambda: not is_running(pid))
+        assert list(other) == list(range(20_000))
+        assert pool.status()["echo"].restarts == 0
+        with pytest.raises(TypeError):
+            pool.configure("echo", "a model")
+    with pytest.raises(PoolClosed):
+        pool.configure("echo", echo_role())
+
+
+def test_a_draining_close_lets_calls_end_and_refuses_new_ones() -> None:
+    pool = Pool(echo=echo_role())
+    pool.start()
+    answers: list[object] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(pool.call("echo", "sleep", 0.3)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: pool.status()["echo"].in_flight == 3)
+    closer = threading.Thread(target=lambda: pool.close(drain=True))
+    closer.start()
+    deadline = time.monotonic() + 10
+    with pytest.raises(PoolClosed):
+        while time.monotonic() < deadline:
+            pool.call("echo", "echo")
+    for thread in [*threads, closer]:
+        thread.join(20)
+    assert answers == [0.3] * 3
+
+
+def test_draining_ends_with_its_timeout() -> None:
+    pool = Pool(echo=echo_role(), close_timeout=0.2)
+    stream = pool.stream("echo", "wait_for_abort")
+    next(stream)
+    pool.close(drain=True, timeout=0.2)
+    with pytest.raises(PoolClosed):
+        next(stream)
+
+
+def test_an_event_loop_drains_too() -> None:
+    async def main() -> None:
+        pool = AsyncPool(echo=echo_role())
+        await pool.start()
+        call = asyncio.create_task(pool.call("echo", "sleep", 0.3))
+        await asyncio.sleep(0.05)
+        await pool.aclose(drain=True)
+        assert await call == 0.3
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_start_reports_each_worker_as_it_is_ready(asynchronous: bool) -> None:
+    reports: list[str] = []
+    roles = {"slow": echo_role(load_seconds=1.0), "quick": echo_role()}
+
+    def progress(role: str, seconds: float) -> None:
+        assert seconds > 0
+        reports.append(role)
+
+    if asynchronous:
+
+        async def main() -> None:
+            async with AsyncPool(**roles) as pool:
+                await pool.start(progress=progress)
+
+        asyncio.run(main())
+    else:
+        with Pool(**roles) as pool:
+            pool.start(progress=progress)
+    assert reports == ["quick", "slow"]
+
+
+# Queues and replicas.
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    with Pool(echo=echo_role(), policy=Policy(max_queue=2)) as pool:
+        streams = [pool.stream("echo", "wait_for_abort") for _ in range(2)]
+        with pytest.raises(QueueFull, match="has 2 calls in flight"):
+            pool.call("echo", "echo")
+        for stream in streams:
+            stream.close()
+        assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_role_may_have_a_timeout_for_calls_without_one() -> None:
+    with Pool(echo=echo_role(), policy=Policy(call_timeout=0.2)) as pool:
+        pool.start(timeout=30)
+        with pytest.raises(CallTimeout, match=r"within 0\.2 s"):
+            pool.call("echo", "wait_for_abort")
+        assert pool.call("echo", "sleep", 0.5, timeout=30) == 0.5
+
+
+def test_calls_go_to_the_least_busy_replica() -> None:
+    role = echo_role()
+    role = type(role)(
+        role.session,
+        role.handlers,
+        replicas=2,
+        environment=[{"INFERPOOL_TEST": "a"}, {"INFERPOOL_TEST": "b"}],
+    )
+    with Pool(echo=role) as pool:
+        assert pool.call("echo", "environment", "INFERPOOL_TEST") == "a"
+        assert len(pool.status()["echo"].workers) == 1, "one caller needs one worker"
+        busy = pool.stream("echo", "wait_for_abort")
+        next(busy)
+        assert pool.call("echo", "environment", "INFERPOOL_TEST") == "b"
+        busy.close()
+        pool.start()
+        pids = {each.pid for each in pool.status()["echo"].workers}
+        assert len(pids) == 2
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not any(map(is_running, pids)))
+        assert pool.call("echo", "echo", 1) == 1
+        assert pool.ping() < 5
