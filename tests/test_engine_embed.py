@@ -149,6 +149,16 @@ def test_plans_cover_every_text_once_within_the_limits(
     assert sorted(planned) == [(i, row) for i, call in enumerate(calls) for row in range(len(call))]
 
 
+def test_bulk_gets_the_room_that_others_leave() -> None:
+    packer = Packer.__new__(Packer)
+    packer._n_packed, packer._n_seq_max = 4, 8
+    bulk = Job([np.zeros(1, np.int32)] * 4, 1, bulk=True)
+    others = [Job([np.zeros(1, np.int32)] * 3, 1) for _ in range(2)]
+    packer._jobs = deque([bulk, *others])
+    plans = [[job.bulk for job, _ in packer._plan()] for _ in range(4)]
+    assert plans == [[False] * 4, [False, False, True, True], [True, True], []]
+
+
 # Cancelling
 
 

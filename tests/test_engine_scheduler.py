@@ -110,6 +110,28 @@ def test_answers_go_on_while_a_prompt_is_read(engine: ChatEngine) -> None:
     finish(engine)
 
 
+def test_bulk_waits_until_nobody_else_does(model: Model) -> None:
+    engine = ChatEngine(model, n_ctx=64, n_batch=64, n_parallel=1, n_threads=1)
+    order: list[str] = []
+
+    class Noting(FakeCaller):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def tell(self, delta: Any) -> bool:
+            if self.name not in order:
+                order.append(self.name)
+            return True
+
+    for name in ("bulk 1", "first", "bulk 2", "second"):
+        priority = "bulk" if "bulk" in name else "interactive"
+        engine.submit(request("Say hello.", max_tokens=1, priority=priority), Noting(name))
+    finish(engine)
+    engine.close()
+    assert order == ["first", "second", "bulk 1", "bulk 2"]
+
+
 # Memory
 
 

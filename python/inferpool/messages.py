@@ -19,12 +19,14 @@ __all__ = [
     "ChatMessage",
     "ChatRequest",
     "ChatResult",
+    "Conversation",
     "EmbedRequest",
     "ErrorInfo",
     "JsonSchema",
     "Logprobs",
     "PdfPage",
     "PdfRequest",
+    "Priority",
     "Ready",
     "RerankRequest",
     "RerankResult",
@@ -46,6 +48,9 @@ FinishReason = Literal["stop", "length"]
 
 READY_KIND = "inferpool.ready"
 """Kind of a request that every worker answers with nothing, once its session stands."""
+
+Priority = Literal["interactive", "bulk"]
+"""Whether somebody waits for the answer. Bulk requests get what the others leave."""
 
 _T = TypeVar("_T")
 
@@ -150,6 +155,7 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     truncate: bool = False
     prompt_name: str | None = None
     dimensions: int | None = None
+    priority: Priority = "interactive"
 
     def __post_init__(self) -> None:
         if self.dimensions is not None and self.dimensions < 1:
@@ -164,6 +170,7 @@ class RerankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     top_n: int | None = None
     normalize: bool = False
     truncate: bool = False
+    priority: Priority = "interactive"
 
     def __post_init__(self) -> None:
         if self.top_n is not None and self.top_n < 1:
@@ -230,7 +237,6 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     logit_bias: dict[int | str, float] = {}
     logprobs: bool = False
     top_logprobs: int = 0
-    cache_prompt: bool | None = None
     stop: list[str] = []
     grammar: str | None = None
     response_format: ResponseFormat | None = None
@@ -294,7 +300,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Conversation(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A conversation, and how its next turn is to be made."""
 
     messages: list[ChatMessage]
@@ -305,19 +311,26 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("messages must not be empty")
 
 
+class ChatRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A conversation among others."""
+
+    cache_prompt: bool | None = None
+    priority: Priority = "interactive"
+
+
 class VisionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Images, and a conversation about them; they come before the text of its last turn."""
 
     images: list[Any]
     """Bytes of PNG, JPEG or WebP files, or uint8 arrays of shape (height, width, 3)."""
-    chat: ChatRequest
+    chat: Conversation
 
 
 class PdfRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A PDF document, and what to ask about each of its pages. The answer is `PdfPage` items."""
 
     document: bytes
-    chat: ChatRequest
+    chat: Conversation
     password: str | None = None
     pages: list[int] | None = None
     dpi: int = 144

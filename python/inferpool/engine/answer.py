@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from inferpool.engine.text import TextStream
 from inferpool.messages import (
     ChatDelta,
-    ChatRequest,
     ChatResult,
+    Conversation,
     FinishReason,
     Logprobs,
     TokenLogprob,
@@ -24,7 +24,7 @@ class AnswerParser:
     `stopped`, then finish.
     """
 
-    def __init__(self, request: ChatRequest) -> None:
+    def __init__(self, request: Conversation) -> None:
         self._text = TextStream(request.stop)
 
     @property

@@ -105,7 +105,7 @@ class Embedder:
             self._tokenize(i, prefix + text, truncate=request.truncate)
             for i, text in enumerate(request.texts)
         ]
-        return Job(tokens, self.dimension, abort)
+        return Job(tokens, self.dimension, abort, bulk=request.priority == "bulk")
 
     def finish(
         self, rows: npt.NDArray[np.float32], request: EmbedRequest

@@ -33,6 +33,7 @@ class Job:
         n_finished: how many of them are there.
         error: why there will be no more, or None.
         abort: ends the job early.
+        bulk: whether others come first.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Job:
         sequences: Sequence[npt.NDArray[np.int32]],
         width: int,
         abort: AbortToken | None = None,
+        *,
+        bulk: bool = False,
     ) -> None:
         """Prepare to compute.
 
@@ -47,7 +50,9 @@ class Job:
             sequences: token ids, each of shape (n,) with n at least 1.
             width: floats in a row.
             abort: ends the job early.
+            bulk: whether others come first.
         """
+        self.bulk = bulk
         self.rows = np.empty((len(sequences), width), np.float32)
         self.error: InferpoolError | None = None
         self.abort = abort
@@ -197,19 +202,21 @@ class Packer:
     def _plan(self) -> list[tuple[Job, int]]:
         """The next batch: a sequence of each job in turn, until the batch is full.
 
-        A sequence that is longer than a packed batch goes alone.
+        Bulk jobs have their turns after all others. A sequence that is longer than a packed batch
+        goes alone.
         """
         plan: list[tuple[Job, int]] = []
         room = self._n_packed
-        turns = deque(job for job in self._jobs if not job.ended)
-        while turns and len(plan) < self._n_seq_max:
-            job = turns.popleft()
-            row = job.take(room if plan else None)
-            if row is not None:
-                plan.append((job, row))
-                room -= len(job.tokens(row))
-                if job.waiting:
-                    turns.append(job)
+        for bulk in (False, True):
+            turns = deque(job for job in self._jobs if job.bulk is bulk and not job.ended)
+            while turns and len(plan) < self._n_seq_max:
+                job = turns.popleft()
+                row = job.take(room if plan else None)
+                if row is not None:
+                    plan.append((job, row))
+                    room -= len(job.tokens(row))
+                    if job.waiting:
+                        turns.append(job)
         # Whoever had the first turn now has the last one in the next batch.
         self._jobs.rotate(-1)
         return plan

@@ -15,7 +15,7 @@ from inferpool.engine.sampler import Sampler
 from inferpool.engine.schema import GrammarBuilder
 from inferpool.engine.template import ChatTemplate
 from inferpool.errors import ContextLengthExceeded, ModelLoadError
-from inferpool.messages import ChatMessage, ChatRequest
+from inferpool.messages import ChatMessage, ChatRequest, Sampling
 
 __all__ = ["Prompt", "PromptBuilder", "grammar_of"]
 
@@ -32,6 +32,11 @@ class Prompt:
     """Tokens of the answer at most, at least 1."""
     grammar: Grammar | None
     """What the answer must keep to."""
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether others come first."""
+        return self.request.priority == "bulk"
 
     @property
     def may_reuse(self) -> bool:
@@ -109,7 +114,7 @@ def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def grammar_of(request: ChatRequest) -> Grammar | None:
+def grammar_of(request: Sampling) -> Grammar | None:
     """What the answer must keep to by ``grammar`` or ``response_format``."""
     if request.grammar is not None:
         return Grammar(request.grammar)

@@ -106,7 +106,7 @@ class Reranker:
             self._tokenize(request.query, i, document, truncate=request.truncate)
             for i, document in enumerate(request.documents)
         ]
-        return Job(pairs, self._n_labels, abort)
+        return Job(pairs, self._n_labels, abort, bulk=request.priority == "bulk")
 
     def finish(self, rows: npt.NDArray[np.float32], request: RerankRequest) -> list[RerankResult]:
         """The results that ``request`` asks for, of what the model made of its pairs."""

@@ -164,7 +164,11 @@ class Scheduler:
         Raises:
             InferpoolError: an option does not fit the model.
         """
-        self._waiting.append(_Answer(prompt, caller))
+        answer = _Answer(prompt, caller)
+        place = len(self._waiting)
+        if not prompt.is_bulk:
+            place = sum(not other.prompt.is_bulk for other in self._waiting)
+        self._waiting.insert(place, answer)
 
     def close(self) -> None:
         """Free what the answers hold. Their callers are told nothing."""

@@ -21,7 +21,7 @@ from inferpool.engine.prompt import grammar_of
 from inferpool.engine.sampler import Sampler
 from inferpool.engine.template import ChatTemplate
 from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
-from inferpool.messages import ChatDelta, ChatRequest, FinishReason, Timings, Usage
+from inferpool.messages import ChatDelta, Conversation, FinishReason, Timings, Usage
 
 __all__ = ["VisionEngine"]
 
@@ -85,7 +85,7 @@ class VisionEngine:
         self._context.close()
 
     def stream(
-        self, images: Sequence[Pixels], request: ChatRequest, *, abort: AbortToken | None = None
+        self, images: Sequence[Pixels], request: Conversation, *, abort: AbortToken | None = None
     ) -> Iterator[ChatDelta]:
         """Answer ``request`` about ``images`` piece by piece; the last piece says why it ended.
 
@@ -133,7 +133,7 @@ class VisionEngine:
         timings = Timings(prompt_seconds=first - started, completion_seconds=last - first)
         yield msgspec.structs.replace(parser.finish(reason), usage=usage, timings=timings)
 
-    def _parts(self, images: Sequence[Pixels], request: ChatRequest) -> list[str | Pixels]:
+    def _parts(self, images: Sequence[Pixels], request: Conversation) -> list[str | Pixels]:
         # No text can spell out a marker that it doesn't know.
         marker = f"<image {secrets.token_hex(16)}>"
         turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]

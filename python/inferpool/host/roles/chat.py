@@ -10,7 +10,7 @@ from inferpool.host.calls import Driver, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
-from inferpool.messages import ChatDelta, ChatRequest, ChatResult, read
+from inferpool.messages import ChatDelta, ChatRequest, ChatResult, Priority, read
 
 __all__ = ["AsyncChat", "Chat", "ChatOptions", "Messages"]
 
@@ -82,13 +82,16 @@ class Sampling(TypedDict, total=False):
     """How fast. Default 0.1."""
     seed: int | None
     """The same seed and request give the same answer."""
-    cache_prompt: bool | None
-    """Whether to go on from what an earlier prompt left in memory, which saves most of a prompt's
-    time and may change the rounding, and so now and then a token. None: unless a seed is given."""
 
 
 class ChatOptions(Sampling, total=False):
     """Options of a chat call."""
+
+    cache_prompt: bool | None
+    """Whether to go on from what an earlier prompt left in memory, which saves most of a prompt's
+    time and may change the rounding, and so now and then a token. None: unless a seed is given."""
+    priority: Priority
+    """Default "interactive"; "bulk" waits until no other call waits for its turn."""
 
 
 class Chat:

@@ -11,7 +11,7 @@ from inferpool.errors import ProtocolError
 from inferpool.host.calls import Driver, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.supervisor import Supervisor
-from inferpool.messages import EmbedRequest, read
+from inferpool.messages import EmbedRequest, Priority, read
 
 __all__ = ["AsyncEmbed", "Embed", "EmbedOptions"]
 
@@ -26,6 +26,8 @@ class EmbedOptions(TypedDict, total=False):
     dimensions: int | None
     """Keep this many components of each vector, and then normalise. For models that were trained
     so that the first components are a vector of their own (Matryoshka); default: all."""
+    priority: Priority
+    """Default "interactive"; "bulk" gets the room in batches that other calls leave."""
 
 
 class Embed:

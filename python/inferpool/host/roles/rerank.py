@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 from inferpool.host.calls import Driver, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.supervisor import Supervisor
-from inferpool.messages import RerankRequest, RerankResult, read
+from inferpool.messages import Priority, RerankRequest, RerankResult, read
 
-__all__ = ["AsyncRerank", "Rerank"]
+__all__ = ["AsyncRerank", "Rerank", "RerankOptions"]
+
+
+class RerankOptions(TypedDict, total=False):
+    """Options of a rerank call."""
+
+    top_n: int | None
+    """How many of the best documents to return, at least 1; default: all."""
+    normalize: bool
+    """Default false. True: map scores to 0 … 1, by ``1 / (1 + exp(-score))``. Models that are asked
+    for yes or no, such as Qwen3-Reranker, give the probability of yes either way."""
+    truncate: bool
+    """Default false: a document that is longer, together with the query, than the model's context
+    is an error. True: cut it."""
+    priority: Priority
+    """Default "interactive"; "bulk" gets the room in batches that other calls leave."""
 
 
 class Rerank:
@@ -24,33 +40,27 @@ class Rerank:
         query: str,
         documents: Sequence[str],
         *,
-        top_n: int | None = None,
-        normalize: bool = False,
-        truncate: bool = False,
         timeout: float | None = None,
+        **options: Unpack[RerankOptions],
     ) -> list[RerankResult]:
         """Order documents by how well they answer a query.
 
         Args:
             query: what is asked.
             documents: the texts, in any number.
-            top_n: how many of the best to return; None returns all.
-            normalize: map scores to 0 … 1, by ``1 / (1 + exp(-score))``. Models that are asked for
-                yes or no, such as Qwen3-Reranker, give the probability of yes either way.
-            truncate: cut documents that are longer, together with the query, than the model's
-                context.
             timeout: seconds until `CallTimeout`.
+            **options: see `RerankOptions`.
 
         Returns:
             The best document first, with its index and relevance score; among equal scores the
             one that was given first.
 
         Raises:
-            ContextLengthExceeded: a document is too long, and `truncate` is off, or the query is.
-            TypeError: `documents` is no sequence of str, or `query` no str.
-            ValueError: `top_n` is less than 1.
+            ContextLengthExceeded: a document is too long, and ``truncate`` is off, or the query is.
+            TypeError: `documents` is no sequence of str, `query` no str, or an unknown option.
+            ValueError: ``top_n`` is less than 1.
         """
-        request = _request(query, documents, top_n, normalize, truncate)
+        request = _request(query, documents, options)
         return self._driver.run(_rerank(self._supervisor, self._driver, request, timeout))
 
 
@@ -66,29 +76,18 @@ class AsyncRerank:
         query: str,
         documents: Sequence[str],
         *,
-        top_n: int | None = None,
-        normalize: bool = False,
-        truncate: bool = False,
         timeout: float | None = None,
+        **options: Unpack[RerankOptions],
     ) -> list[RerankResult]:
         """As `Rerank.__call__`."""
-        request = _request(query, documents, top_n, normalize, truncate)
+        request = _request(query, documents, options)
         return await self._driver.run(_rerank(self._supervisor, self._driver, request, timeout))
 
 
-def _request(
-    query: str, documents: Sequence[str], top_n: int | None, normalize: bool, truncate: bool
-) -> RerankRequest:
+def _request(query: str, documents: Sequence[str], options: RerankOptions) -> RerankRequest:
     if isinstance(documents, str):
         raise TypeError("documents must be a sequence of str, not a str")
-    fields = {
-        "query": query,
-        "documents": list(documents),
-        "top_n": top_n,
-        "normalize": normalize,
-        "truncate": truncate,
-    }
-    return read(fields, RerankRequest)
+    return read({"query": query, "documents": list(documents), **options}, RerankRequest)
 
 
 def _rerank(

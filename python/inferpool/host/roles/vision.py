@@ -18,8 +18,8 @@ from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import (
     ChatDelta,
-    ChatRequest,
     ChatResult,
+    Conversation,
     PdfPage,
     PdfRequest,
     VisionRequest,
@@ -194,9 +194,9 @@ def _pdf_request(
     return read({"document": data, "chat": chat, **own}, PdfRequest)
 
 
-def _chat(prompt: Messages, options: Any) -> ChatRequest:
+def _chat(prompt: Messages, options: Any) -> Conversation:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return read({"messages": messages, **options}, ChatRequest)
+    return read({"messages": messages, **options}, Conversation)
 
 
 def _image(image: Any) -> bytes | np.ndarray:
