@@ -20,6 +20,7 @@ PUBLIC_MODULES = [
     "inferpool.config",
     "inferpool.errors",
     "inferpool.messages",
+    "inferpool.testing",
     "inferpool.worker",
 ]
 

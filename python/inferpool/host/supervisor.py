@@ -183,6 +183,7 @@ class Supervisor:
             if incarnation not in self._places or not incarnation.retire(only_if_idle=True):
                 return False
             self._places[incarnation.replica] = self.at_hand = None
+            self._memory_before = resident_bytes(incarnation.pid) or 0
             self._release(incarnation)
             return True
 
