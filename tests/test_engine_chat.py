@@ -157,7 +157,13 @@ def test_a_prompt_as_long_as_the_context_is_an_error_with_the_numbers(model: Mod
     small = ChatEngine(model, n_ctx=64, n_batch=32, n_threads=1)
     with pytest.raises(ContextLengthExceeded, match="the context holds 64") as caught:
         list(stream(small, request("bee " * 100)))
-    assert caught.value.details == {"asked": 131, "context": 64, "response_budget": 1}
+    assert caught.value.details == {
+        "asked": 131,
+        "tools": 0,
+        "response_budget": 1,
+        "context": 64,
+        "margin": -68,
+    }
     small.close()
 
 
@@ -253,7 +259,7 @@ def test_absurd_context_length_is_a_load_error(tmp_path: Path, n_ctx_train: int)
 def test_a_model_that_only_encodes_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("INFERPOOL_CACHE_DIR", str(tmp_path))
     encoder = Model(resolve("minilm"))
-    with pytest.raises(ModelLoadError, match="no chat template"):
+    with pytest.raises(ModelLoadError, match="not a chat model"):
         ChatEngine(encoder)
     with pytest.raises(ModelLoadError, match="not a chat model"):
         ChatEngine(encoder, chat_template="{{ messages[0].content }}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_fakes import SETTINGS
+from engine_fakes import SETTINGS, stream
 from engine_fakes import tokens as first_tokens
 from llama_cpp import Llama
 
@@ -332,7 +332,7 @@ def test_a_response_format_makes_json_of_that_form(model: Model) -> None:
                 },
                 ChatRequest,
             )
-            result = collect(engine.stream(asked))
+            result = collect(stream(engine, asked))
             if result.finish_reason == "length":
                 assert response_format == {"type": "json_object"}, result.text
                 continue

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "python" / "inferpool"
 
 PUBLIC_MODULES = [
     "inferpool",
+    "inferpool.chat_messages",
     "inferpool.config",
     "inferpool.errors",
     "inferpool.messages",

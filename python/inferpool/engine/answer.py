@@ -2,35 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
-from inferpool.engine.text import TextStream
+import msgspec
+
+from inferpool.engine.calls import CallReader
+from inferpool.engine.formats import Reasoning, ToolFormat
+from inferpool.engine.text import TextStream, overlap
 from inferpool.messages import (
     ChatDelta,
     ChatResult,
-    Conversation,
     FinishReason,
+    FunctionCall,
     Logprobs,
     TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
 )
 
 __all__ = ["AnswerParser", "collect"]
+
+_TRAILING_SPACE = re.compile(r"\s*\Z")
 
 
 class AnswerParser:
     """Turns the bytes of one answer's tokens into deltas.
 
-    It knows nothing of how tokens are made or batched: push each token's bytes until
-    `stopped`, then finish.
+    It knows nothing of how tokens are made or batched: push each token's bytes until `stopped`,
+    then finish. White space beside a marker belongs to it and is not shown.
     """
 
-    def __init__(self, request: Conversation) -> None:
-        self._text = TextStream(request.stop)
+    def __init__(
+        self,
+        *,
+        stop: Sequence[str] = (),
+        reasoning: Reasoning | None = None,
+        thinking: bool = False,
+        calls: ToolFormat | None = None,
+        tools: Sequence[Tool] = (),
+        dropped_messages: int = 0,
+    ) -> None:
+        """Start an answer.
+
+        Args:
+            stop: texts that end it.
+            reasoning: what encloses the model's reasoning, if it reasons.
+            thinking: whether the prompt has opened the reasoning already.
+            calls: how the model writes tool calls, if it may make any.
+            tools: what it may call.
+            dropped_messages: told with the last delta.
+        """
+        self._stream = TextStream(stop)
+        self._reasoning = reasoning
+        self._calls = calls
+        self._tools = tools
+        self._dropped = dropped_messages
+        self._thinking = thinking
+        self._reader: CallReader | None = None
+        self._n_calls = 0
+        self._held = ""
+        self._at_start = True  # nothing but white space was said yet
+        self._skips_space = thinking
+        self._said = {"text": "", "reasoning": ""}
+        self._told: list[ToolCallDelta] = []
 
     @property
     def stopped(self) -> bool:
         """Whether the answer has ended by what it says: a stop string was found."""
-        return self._text.stopped
+        return self._stream.stopped
 
     def push(self, data: bytes, logprob: TokenLogprob | None = None) -> ChatDelta | None:
         """Add the bytes of a token, and how likely it was if that was asked for.
@@ -38,10 +79,10 @@ class AnswerParser:
         Returns:
             What is certain now, or None if nothing is.
         """
-        text = self._text.push(data)
+        self._sort(self._stream.push(data))
         if logprob is not None:
-            return ChatDelta(text=text, logprobs=Logprobs(content=[logprob]))
-        return ChatDelta(text=text) if text else None
+            return self._delta(logprobs=Logprobs(content=[logprob]))
+        return self._delta() if self._told or any(self._said.values()) else None
 
     def finish(self, reason: FinishReason) -> ChatDelta:
         """The last delta, with what was held back; usage and timings are the caller's to add.
@@ -49,24 +90,152 @@ class AnswerParser:
         Args:
             reason: why no more tokens come.
         """
-        return ChatDelta(text=self._text.finish(), finish_reason=reason)
+        self._sort(self._stream.finish())
+        if self._reader is not None and not self._reader.found:
+            self._held, self._reader = self._reader.raw, None
+        if self._reader is None:
+            self._said["reasoning" if self._thinking else "text"] += self._held.rstrip()
+        if reason == "stop" and self._n_calls:
+            reason = "tool_calls"
+        return self._delta(finish_reason=reason, dropped_messages=self._dropped)
+
+    def _delta(
+        self,
+        *,
+        logprobs: Logprobs | None = None,
+        finish_reason: FinishReason | None = None,
+        dropped_messages: int = 0,
+    ) -> ChatDelta:
+        delta = ChatDelta(
+            text=self._said["text"],
+            reasoning=self._said["reasoning"],
+            tool_calls=self._told,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            dropped_messages=dropped_messages,
+        )
+        self._said = {"text": "", "reasoning": ""}
+        self._told = []
+        return delta
+
+    def _sort(self, text: str) -> None:
+        """Put what is certain of a text where it belongs, and hold the rest back."""
+        if self._reasoning is None and self._calls is None:
+            self._said["text"] += text
+            return
+        self._held += text
+        more = True
+        while more:
+            if self._skips_space:
+                self._held = self._held.lstrip()
+                self._skips_space = not self._held
+            if self._reader is not None:
+                more = self._read_calls(self._reader)
+            elif self._thinking and self._reasoning is not None:
+                more = self._read_reasoning(self._reasoning)
+            else:
+                more = self._read_text()
+
+    # Each returns whether there may be more to sort in what is held.
+
+    def _read_calls(self, reader: CallReader) -> bool:
+        rest = reader.feed(self._held)
+        self._held = ""
+        self._told += reader.deltas
+        reader.deltas = []
+        self._n_calls = reader.n_calls
+        if rest is None:
+            return False
+        self._reader = None
+        if reader.found:
+            self._held, self._skips_space = rest, True
+            return True
+        self._said["text"] += rest  # it only looked like a call
+        return False
+
+    def _read_reasoning(self, reasoning: Reasoning) -> bool:
+        before, mark, after = self._held.partition(reasoning.end)
+        if mark:
+            self._said["reasoning"] += before.rstrip()
+            self._held, self._thinking, self._skips_space = after, False, True
+            return True
+        self._release("reasoning", [reasoning.end])
+        return False
+
+    def _read_text(self) -> bool:
+        marks = []
+        if self._reasoning is not None and self._at_start:
+            marks.append(self._reasoning.begin)
+        if self._calls is not None:
+            marks.append(self._calls.begin)
+            if self._calls.bare and self._at_start:
+                marks.append("{")
+        found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
+        if not found:
+            self._release("text", marks)
+            return False
+        at, mark = min(found)
+        is_call = self._calls is not None and mark == self._calls.begin
+        if not is_call and self._held[:at].strip():
+            # Only what comes first opens reasoning, or a call without a marker.
+            self._said["text"] += self._held[:at]
+            self._held = self._held[at:]
+            self._at_start = False
+            return True
+        self._said["text"] += self._held[:at].rstrip()
+        self._held = self._held[at + len(mark) :]
+        self._at_start = self._at_start and not is_call
+        if self._reasoning is not None and mark == self._reasoning.begin:
+            self._thinking = self._skips_space = True
+        elif self._calls is not None:
+            self._reader = CallReader(self._calls, self._tools, self._n_calls)
+            self._held = mark + self._held if mark == "{" else self._held
+        return True
+
+    def _release(self, where: str, marks: Sequence[str]) -> None:
+        """Let go of all that can't become a mark, or be white space before one."""
+        n_held = max((overlap(self._held, mark) for mark in marks), default=0)
+        certain = self._held[: len(self._held) - n_held]
+        certain = _TRAILING_SPACE.sub("", certain) if marks else certain
+        self._said[where] += certain
+        self._held = self._held[len(certain) :]
+        self._at_start = self._at_start and not certain.strip()
 
 
 def collect(deltas: Iterable[ChatDelta]) -> ChatResult:
     """The whole answer that ``deltas`` make, the last of which must say how it ended."""
-    pieces = []
-    logprobs = []
+    text, reasoning = [], []
+    logprobs: list[TokenLogprob] = []
+    calls: list[ToolCall] = []
     last = None
     for last in deltas:
-        pieces.append(last.text)
+        text.append(last.text)
+        reasoning.append(last.reasoning)
         if last.logprobs is not None:
             logprobs += last.logprobs.content
+        for piece in last.tool_calls:
+            _add(calls, piece)
     if last is None or last.finish_reason is None or last.usage is None or last.timings is None:
         raise AssertionError("the last delta says how the answer ended")
     return ChatResult(
-        text="".join(pieces),
+        text="".join(text),
+        reasoning="".join(reasoning),
+        tool_calls=calls,
         finish_reason=last.finish_reason,
         usage=last.usage,
         timings=last.timings,
         logprobs=Logprobs(content=logprobs) if logprobs else None,
+        dropped_messages=last.dropped_messages,
     )
+
+
+def _add(calls: list[ToolCall], piece: ToolCallDelta) -> None:
+    if piece.id is not None:
+        call = FunctionCall(name=piece.function.name or "", arguments=piece.function.arguments)
+        calls.append(ToolCall(id=piece.id, function=call))
+        return
+    function = calls[piece.index].function
+    function = msgspec.structs.replace(
+        function, arguments=function.arguments + piece.function.arguments
+    )
+    calls[piece.index] = msgspec.structs.replace(calls[piece.index], function=function)

@@ -9,18 +9,24 @@ import numpy as np
 import numpy.typing as npt
 
 from inferpool.engine.answer import AnswerParser
+from inferpool.engine.calls import forced_call
+from inferpool.engine.formats import Reasoning, ToolFormat, reasoning_of, tool_format_of
 from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
 from inferpool.engine.sampler import Sampler
 from inferpool.engine.schema import GrammarBuilder
 from inferpool.engine.template import ChatTemplate
-from inferpool.errors import ContextLengthExceeded, ModelLoadError
-from inferpool.messages import ChatMessage, ChatRequest, Sampling
+from inferpool.engine.turns import Window, as_text, described, turns
+from inferpool.errors import ContextLengthExceeded, InvalidRequest
+from inferpool.messages import ChatMessage, ChatRequest, NamedTool, Sampling, Tool
 
 __all__ = ["Prompt", "PromptBuilder", "grammar_of"]
 
+# Without max_tokens, windowing leaves this part of the context to the answer.
+_ANSWER_SHARE = 4
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Prompt:
     """A request that a model can start with."""
 
@@ -30,8 +36,14 @@ class Prompt:
     """Shape (n,), n at least 1."""
     budget: int
     """Tokens of the answer at most, at least 1."""
-    grammar: Grammar | None
+    grammar: Grammar | None = None
     """What the answer must keep to."""
+    reasoning: Reasoning | None = None
+    thinking: bool = False
+    calls: ToolFormat | None = None
+    dropped_messages: int = 0
+    visible: frozenset[int] = frozenset()
+    """Control tokens whose text the parser looks for."""
 
     @property
     def is_bulk(self) -> bool:
@@ -46,16 +58,27 @@ class Prompt:
         return request.seed is None if request.cache_prompt is None else request.cache_prompt
 
     def sampler(self) -> Sampler:
-        """What draws the tokens of one answer; the caller closes it."""
+        """What draws the tokens of one answer; the caller closes it.
+
+        Raises:
+            InvalidRequest: as `Sampler`.
+        """
         return Sampler(self.request, self.model, self.grammar)
 
     def parser(self) -> AnswerParser:
         """What reads the tokens of one answer."""
-        return AnswerParser(self.request)
+        return AnswerParser(
+            stop=self.request.stop,
+            reasoning=self.reasoning,
+            thinking=self.thinking,
+            calls=self.calls,
+            tools=self.request.tools,
+            dropped_messages=self.dropped_messages,
+        )
 
     def piece(self, token: int) -> bytes:
         """The bytes of ``token`` as the parser wants them."""
-        return self.model.piece(token)
+        return self.model.piece(token, special=token in self.visible)
 
 
 class PromptBuilder:
@@ -66,7 +89,7 @@ class PromptBuilder:
     """
 
     def __init__(self, model: Model, *, n_ctx: int, chat_template: str | None = None) -> None:
-        """Compile the chat template.
+        """Compile the chat template, if there is one.
 
         Args:
             model: the weights and vocabulary.
@@ -74,44 +97,133 @@ class PromptBuilder:
             chat_template: jinja text to use in place of the model's own.
 
         Raises:
-            ModelLoadError: if there is no usable chat template.
+            ModelLoadError: if the chat template is broken.
         """
-        source = chat_template or model.chat_template
-        if source is None:
-            raise ModelLoadError(
-                f"{model.path.name} has no chat template. hint: pass chat_template="
-            )
         self.n_ctx = n_ctx
         self._model = model
-        self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
+        self._template: ChatTemplate | None = None
+        source = chat_template or model.chat_template
+        if source is not None:
+            self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
+            self._format = tool_format_of(source, takes_tools=self._template.takes_tools)
+            self._reasoning = reasoning_of(source)
 
     def build(self, request: ChatRequest) -> Prompt:
         """Render and tokenise ``request``.
 
         Raises:
-            ContextLengthExceeded: if the prompt leaves no room for an answer.
-            ValueError: if the chat template refuses the messages.
+            ContextLengthExceeded: if what has to stay of the prompt leaves no room for an answer;
+                with the numbers.
+            InvalidRequest: if the chat template refuses the messages, makes nothing of them, or
+                is missing, or if a schema can't be kept to.
             ModelError: if the chat template fails.
         """
-        tokens = self._model.tokenize_prompt(self._template.render(_turns(request.messages)))
-        if not tokens.size:
-            raise ValueError("the chat template makes an empty prompt of these messages")
-        if len(tokens) + 1 > self.n_ctx:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(tokens)} tokens and the answer needs at least 1, "
-                f"the context holds {self.n_ctx}",
-                asked=len(tokens),
-                context=self.n_ctx,
-                response_budget=1,
+        if request.messages is None:
+            tokens = self._model.tokenize(
+                request.prompt or "", add_special=True, parse_special=True
             )
-        budget = self.n_ctx - len(tokens)
-        if request.max_tokens is not None:
-            budget = min(budget, request.max_tokens)
-        return Prompt(self._model, request, tokens, budget, grammar_of(request))
+            self._check_room(request, len(tokens), 0)
+            return Prompt(
+                model=self._model,
+                request=request,
+                tokens=tokens,
+                budget=self._budget(request, tokens),
+                grammar=grammar_of(request),
+            )
+        if self._template is None:
+            raise InvalidRequest(
+                f"{self._model.path.name} has no chat template, so it can only complete a prompt. "
+                "hint: pass chat_template="
+            )
+        return self._build_chat(request, request.messages, self._template)
+
+    def _build_chat(
+        self, request: ChatRequest, messages: Sequence[ChatMessage], template: ChatTemplate
+    ) -> Prompt:
+        tools = [] if request.tool_choice == "none" else request.tools
+        window = Window(messages)
+        keep_free = request.max_tokens or self.n_ctx // _ANSWER_SHARE
+        rendered = {}
+
+        def fits(n_exchanges: int) -> bool:
+            text = self._render(template, window.without(n_exchanges), tools)
+            rendered[n_exchanges] = text, self._model.tokenize_prompt(text)
+            return len(rendered[n_exchanges][1]) + keep_free <= self.n_ctx
+
+        dropped = 0
+        if not fits(0) and request.truncation == "auto":
+            dropped = window.fewest_to_drop(fits)
+        text, tokens = rendered[dropped]
+        if not tokens.size:
+            raise InvalidRequest("the chat template makes an empty prompt of these messages")
+        if self._needed(request) + len(tokens) > self.n_ctx:
+            kept = window.without(dropped)
+            plain = self._model.tokenize_prompt(self._render(template, kept, []))
+            self._check_room(request, len(plain), len(tokens) - len(plain))
+        reasoning = self._reasoning
+        thinking = reasoning is not None and text.rstrip().endswith(reasoning.begin)
+        grammar = _call_grammar(request, self._format) or grammar_of(request)
+        if grammar is not None and thinking and reasoning is not None:
+            grammar = Grammar(grammar.gbnf, after=reasoning.end)
+        calls = self._format if tools else None
+        return Prompt(
+            model=self._model,
+            request=request,
+            tokens=tokens,
+            budget=self._budget(request, tokens),
+            grammar=grammar,
+            reasoning=reasoning,
+            thinking=thinking,
+            calls=calls,
+            dropped_messages=len(messages) - len(window.without(dropped)),
+            visible=self._visible(reasoning, calls),
+        )
+
+    def _render(
+        self, template: ChatTemplate, messages: Sequence[ChatMessage], tools: Sequence[Tool]
+    ) -> str:
+        if self._format.system:
+            return template.render(turns(as_text(messages, tools, self._format)))
+        return template.render(turns(messages), described(tools) or None)
+
+    def _visible(self, reasoning: Reasoning | None, calls: ToolFormat | None) -> frozenset[int]:
+        marks = [] if reasoning is None else [reasoning.begin, reasoning.end]
+        marks += [] if calls is None else calls.markers
+        return frozenset(
+            token
+            for mark in marks
+            for token in self._model.tokenize(mark, add_special=False, parse_special=True).tolist()
+            if not self._model.piece(token)
+        )
+
+    def _needed(self, request: ChatRequest) -> int:
+        return request.max_tokens or 1
+
+    def _budget(self, request: ChatRequest, tokens: npt.NDArray[np.int32]) -> int:
+        return request.max_tokens or self.n_ctx - len(tokens)
+
+    def _check_room(self, request: ChatRequest, asked: int, tools: int) -> None:
+        response_budget = self._needed(request)
+        margin = self.n_ctx - asked - tools - response_budget
+        if margin < 0:
+            raise ContextLengthExceeded(
+                f"the context holds {self.n_ctx} tokens; {asked} of messages, {tools} of tools "
+                f"and {response_budget} for the answer are {-margin} too many",
+                asked=asked,
+                tools=tools,
+                response_budget=response_budget,
+                context=self.n_ctx,
+                margin=margin,
+            )
 
 
-def _turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _call_grammar(request: ChatRequest, form: ToolFormat) -> Grammar | None:
+    """What the answer must keep to by ``tool_choice``."""
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool):
+        named = [tool for tool in request.tools if tool.function.name == choice.function.name]
+        return Grammar(forced_call(form, named))
+    return Grammar(forced_call(form, request.tools)) if choice == "required" else None
 
 
 def grammar_of(request: Sampling) -> Grammar | None:

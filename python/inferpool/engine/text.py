@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "overlap"]
 
 
 class TextStream:
@@ -43,13 +43,13 @@ class TextStream:
             self.stopped = True
             self._held = ""
             return text[: min(found)]
-        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        n_held = max((overlap(text, stop) for stop in self._stop), default=0)
         certain = len(text) - n_held
         self._held = text[certain:]
         return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop``, not all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

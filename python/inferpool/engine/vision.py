@@ -20,6 +20,7 @@ from inferpool.engine.projector import Chunks, Projector
 from inferpool.engine.prompt import grammar_of
 from inferpool.engine.sampler import Sampler
 from inferpool.engine.template import ChatTemplate
+from inferpool.engine.turns import turns
 from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
 from inferpool.messages import ChatDelta, Conversation, FinishReason, Timings, Usage
 
@@ -107,7 +108,7 @@ class VisionEngine:
             budget = self.n_ctx - n_prompt
             if request.max_tokens is not None:
                 budget = min(budget, request.max_tokens)
-            parser = AnswerParser(request)
+            parser = AnswerParser(stop=request.stop)
             n_completion = 0
             reason: FinishReason = "stop"
             first = last = started
@@ -136,9 +137,9 @@ class VisionEngine:
     def _parts(self, images: Sequence[Pixels], request: Conversation) -> list[str | Pixels]:
         # No text can spell out a marker that it doesn't know.
         marker = f"<image {secrets.token_hex(16)}>"
-        turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]
-        turns[-1]["content"] = marker * len(images) + turns[-1]["content"]
-        prompt = self._template.render(turns)
+        conversation = turns(request.messages)
+        conversation[-1]["content"] = marker * len(images) + conversation[-1]["content"]
+        prompt = self._template.render(conversation)
         if self._model.adds_bos and not prompt.startswith(self._model.bos):
             prompt = self._model.bos + prompt
         texts = prompt.split(marker)

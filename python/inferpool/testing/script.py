@@ -131,7 +131,7 @@ def _deltas(reply: Reply, payload: Any, state: WorkerLoopState) -> Iterator[Chat
             first = time.monotonic()
         sent += 1
         yield ChatDelta(text=token)
-    prompt = sum(len(str(message.content).split()) for message in request.messages)
+    prompt = sum(len(str(message.content).split()) for message in request.messages or [])
     yield ChatDelta(
         finish_reason=cast(Any, finish_reason),
         usage=Usage(prompt_tokens=prompt, completion_tokens=sent, total_tokens=prompt + sent),

@@ -10,12 +10,13 @@ from inferpool.host.calls import Driver, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
-from inferpool.messages import ChatDelta, ChatRequest, ChatResult, Priority, read
+from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult, Priority, read
 
 __all__ = ["AsyncChat", "Chat", "ChatOptions", "Messages"]
 
-Messages = str | Sequence[Mapping[str, str]]
-"""A prompt, or a conversation of ``{"role": ..., "content": ...}`` turns as OpenAI has them."""
+Messages = str | Sequence[Mapping[str, Any] | ChatMessage]
+"""What a user says, or a conversation of ``{"role": ..., "content": ...}`` turns as OpenAI has
+them, tool calls and their results among them."""
 
 
 class Sampling(TypedDict, total=False):
@@ -84,14 +85,29 @@ class Sampling(TypedDict, total=False):
     """The same seed and request give the same answer."""
 
 
-class ChatOptions(Sampling, total=False):
-    """Options of a chat call."""
+class CompletionOptions(Sampling, total=False):
+    """Options of a text's completion."""
 
     cache_prompt: bool | None
     """Whether to go on from what an earlier prompt left in memory, which saves most of a prompt's
     time and may change the rounding, and so now and then a token. None: unless a seed is given."""
     priority: Priority
     """Default "interactive"; "bulk" waits until no other call waits for its turn."""
+
+
+class ChatOptions(CompletionOptions, total=False):
+    """Options of a chat call."""
+
+    tools: Sequence[Mapping[str, Any]]
+    """What the model may call: ``{"type": "function", "function": {"name": ..., "description": ...,
+    "parameters": a JSON schema}}``."""
+    tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any]
+    """Whether it must: ``"required"``, or ``{"type": "function", "function": {"name": ...}}`` for a
+    certain one; the answer is then a well-formed call. Default ``"auto"``."""
+    truncation: Literal["auto", "disabled"]
+    """``"auto"``, the default, drops the oldest exchanges of a conversation that the context can't
+    hold, but not system messages and the last user's turn; ``"disabled"`` raises
+    `ContextLengthExceeded`. Without ``max_tokens`` it keeps a quarter of the context free."""
 
 
 class Chat:
@@ -111,16 +127,28 @@ class Chat:
         """Answer a conversation.
 
         Args:
-            messages: a prompt, or turns with ``role`` and ``content``.
+            messages: what the user says, or turns with ``role`` and ``content``.
             timeout: seconds until `CallTimeout`.
             **options: see `ChatOptions`.
 
         Raises:
-            ContextLengthExceeded: the conversation does not fit into the model's context.
+            ContextLengthExceeded: what has to stay of the conversation, and ``max_tokens``, do
+                not fit into the model's context; ``details`` has the numbers.
             TypeError: an unknown option, or one of the wrong type.
-            ValueError: an option out of range.
+            ValueError: an option out of range, or messages that make no conversation.
+            InvalidRequest: the model can't do what is asked; it is a ValueError too.
         """
         request = _chat_request(messages, options)
+        return self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
+
+    def complete(
+        self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
+    ) -> ChatResult:
+        """Continue a text as it is, without the model's chat template.
+
+        Arguments and errors are those of a plain call, but for messages and tools.
+        """
+        request = read({"prompt": prompt, **options}, ChatRequest)
         return self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
 
     def stream(
@@ -136,6 +164,14 @@ class Chat:
         dropping it, stops the model.
         """
         request = _chat_request(messages, options)
+        opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
+        return Stream(self._driver, opening, timeout, _chat_deltas)
+
+    def stream_complete(
+        self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
+    ) -> Stream[ChatDelta]:
+        """As `complete`, piece by piece."""
+        request = read({"prompt": prompt, **options}, ChatRequest)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
         return Stream(self._driver, opening, timeout, _chat_deltas)
 
@@ -158,6 +194,13 @@ class AsyncChat:
         request = _chat_request(messages, options)
         return await self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
 
+    async def complete(
+        self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
+    ) -> ChatResult:
+        """As `Chat.complete`."""
+        request = read({"prompt": prompt, **options}, ChatRequest)
+        return await self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
+
     def stream(
         self,
         messages: Messages,
@@ -167,6 +210,14 @@ class AsyncChat:
     ) -> AsyncStream[ChatDelta]:
         """As `Chat.stream`, for ``async for``. The request is sent with the first item."""
         request = _chat_request(messages, options)
+        opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
+        return AsyncStream(self._driver, opening, timeout, _chat_deltas)
+
+    def stream_complete(
+        self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
+    ) -> AsyncStream[ChatDelta]:
+        """As `Chat.stream_complete`, for ``async for``."""
+        request = read({"prompt": prompt, **options}, ChatRequest)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
         return AsyncStream(self._driver, opening, timeout, _chat_deltas)
 

@@ -1,0 +1,309 @@
+"""Tool calls: from what a model writes, and to the grammar of what it must write."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from inferpool.engine.formats import ToolFormat
+from inferpool.engine.schema import GrammarBuilder, literal
+from inferpool.messages import FunctionDelta, Tool, ToolCallDelta
+
+__all__ = ["CallReader", "forced_call"]
+
+_ID_CHARACTERS = string.ascii_letters + string.digits
+_NAME = re.compile(r"\s*([\w.-]+)")
+_SPACE = " \t\r\n"
+
+_Wanting = Generator[None, None, Any]
+"""Yields where it needs more text."""
+
+
+class _Broken(Exception):
+    """The text is not what the format says."""
+
+
+class CallReader:
+    """Reads what follows the opening marker of tool calls, as it comes.
+
+    Attributes:
+        deltas: what is certain now; the caller takes it and clears it.
+        n_calls: calls so far, those of the same answer before it included.
+        raw: all that was read.
+    """
+
+    def __init__(self, form: ToolFormat, tools: Sequence[Tool], n_calls: int) -> None:
+        self.deltas: list[ToolCallDelta] = []
+        self.n_calls = n_calls
+        self.raw = ""
+        self._before = n_calls
+        self._form = form
+        self._tools = {tool.function.name: tool.function for tool in tools}
+        self._text = ""
+        self._at = 0
+        self._steps = getattr(self, f"_read_{form.shape}")()
+
+    @property
+    def found(self) -> bool:
+        """Whether it was a call, as far as one can see."""
+        return self.n_calls > self._before
+
+    def feed(self, text: str) -> str | None:
+        """Read more; once the calls have ended, returns what follows them.
+
+        If there is no call in it, what is returned is all that was read.
+        """
+        self.raw += text
+        self._text = self._text[self._at :] + text
+        self._at = 0
+        try:
+            next(self._steps)
+        except StopIteration:
+            return self._text[self._at :]
+        except (_Broken, ValueError, RecursionError):
+            return self._text[self._at :] if self.found else self.raw
+        return None
+
+    # Families
+
+    def _read_json(self) -> _Wanting:
+        form = self._form
+        while True:
+            opening = yield from self._wait("{", "[", *([form.end] if self.found else []))
+            if opening == form.end:
+                return
+            if opening == "{":
+                yield from self._object()
+            else:
+                yield from self._list()
+            if not form.end:
+                return
+
+    def _list(self) -> _Wanting:
+        while (character := (yield from self._after_space(","))) != "]":
+            if character != "{":
+                raise _Broken
+            yield from self._object()
+
+    def _object(self) -> _Wanting:
+        """A call as an object whose brace was read."""
+        known = False
+        arguments: list[str] = []
+        while (character := (yield from self._after_space(","))) != "}":
+            if character != '"':
+                raise _Broken
+            self._at -= 1
+            key = yield from self._json()
+            if (yield from self._after_space("")) != ":":
+                raise _Broken
+            yield from self._peek()
+            if key in {self._form.name, "name"}:
+                self._begin((yield from self._json()))
+                known = True
+            elif key in {self._form.arguments, "arguments", "parameters"}:
+                yield from self._arguments(self._add if known else arguments.append)
+            elif key == "function" and self._text[self._at] == "{":
+                self._at += 1
+                yield from self._object()
+                known = True
+            else:
+                yield from self._scan(lambda _: None)
+        if not known:
+            raise _Broken
+        for piece in arguments:
+            self._add(piece)
+
+    def _read_named(self) -> _Wanting:
+        while (yield from self._next_name()):
+            yield from self._arguments(self._add)
+            if not self._form.call:
+                if self._form.end:
+                    yield from self._wait(self._form.end)
+                return
+
+    def _read_tagged(self) -> _Wanting:
+        form = self._form
+        key, key_end, value_end = (
+            text.strip() for text in (form.key, form.key_end, form.value_end)
+        )
+        marks = [text for text in (key, form.call, form.end) if text]
+        more = yield from self._next_name()
+        while more:
+            separator = "{"
+            while (mark := (yield from self._wait(*marks))) == key:
+                name = (yield from self._until(key_end)).strip()
+                value = yield from self._until(value_end)
+                self._add(f"{separator}{json.dumps(name)}: {self._typed(name, value)}")
+                separator = ", "
+            self._add("{}" if separator == "{" else "}")
+            more = mark == form.call and (yield from self._named())
+
+    def _next_name(self) -> _Wanting:
+        """Go to the next call and read its name; false if there is none."""
+        if self._form.call:
+            marks = [text for text in (self._form.call, self._form.end) if text]
+            if (yield from self._wait(*marks)) == self._form.end:
+                return False
+        return (yield from self._named())
+
+    def _named(self) -> _Wanting:
+        found = _NAME.match((yield from self._until(self._form.name_end)))
+        if found is None:
+            raise _Broken
+        self._begin(found[1])
+        return True
+
+    def _typed(self, name: str, value: str) -> str:
+        """The JSON of an argument that was written as plain text, unless it is no string."""
+        text = value.removeprefix("\n").removesuffix("\n")
+        function = self._tools.get(self._function)
+        properties = ((function and function.parameters) or {}).get("properties", {})
+        declared = properties.get(name) if isinstance(properties, Mapping) else None
+        if not (isinstance(declared, Mapping) and declared.get("type") == "string"):
+            try:
+                return json.dumps(json.loads(text), ensure_ascii=False)
+            except ValueError:
+                pass
+        return json.dumps(text, ensure_ascii=False)
+
+    # What is told
+
+    def _begin(self, name: Any) -> None:
+        if not isinstance(name, str):
+            raise _Broken
+        self._function = name
+        self.deltas.append(
+            ToolCallDelta(
+                index=self.n_calls,
+                # Nine letters and digits: templates of Mistral insist on it.
+                id="".join(secrets.choice(_ID_CHARACTERS) for _ in range(9)),
+                type="function",
+                function=FunctionDelta(name=name),
+            )
+        )
+        self.n_calls += 1
+
+    def _add(self, arguments: str) -> None:
+        delta = ToolCallDelta(index=self.n_calls - 1, function=FunctionDelta(arguments=arguments))
+        self.deltas.append(delta)
+
+    # The text
+
+    def _peek(self) -> _Wanting:
+        """Go to the next character that is no space; it is not read."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in _SPACE:
+                    return
+                self._at += 1
+            yield
+
+    def _after_space(self, skipped: str) -> _Wanting:
+        """Read the next character that is neither space nor in ``skipped``."""
+        while True:
+            yield from self._peek()
+            self._at += 1
+            if (character := self._text[self._at - 1]) not in skipped or not skipped:
+                return character
+
+    def _wait(self, *marks: str) -> _Wanting:
+        """Read up to the first of some marks; returns it."""
+        while True:
+            places = [(at, mark) for mark in marks if (at := self._text.find(mark, self._at)) >= 0]
+            if places:
+                at, mark = min(places)
+                self._at = at + len(mark)
+                return mark
+            yield
+
+    def _until(self, mark: str) -> _Wanting:
+        """Read a text and the mark that ends it; returns the text."""
+        while (end := self._text.find(mark, self._at)) < 0:
+            yield
+        text = self._text[self._at : end]
+        self._at = end + len(mark)
+        return text
+
+    def _json(self) -> _Wanting:
+        """Read a JSON value; returns what it stands for."""
+        pieces: list[str] = []
+        yield from self._scan(pieces.append)
+        return json.loads("".join(pieces))
+
+    def _arguments(self, sink: Callable[[str], None]) -> _Wanting:
+        """Read the object of arguments, which some models write as a string that holds it."""
+        yield from self._peek()
+        if self._text[self._at] == '"':
+            sink((yield from self._json()))
+        else:
+            yield from self._scan(sink)
+
+    def _scan(self, sink: Callable[[str], None]) -> _Wanting:
+        """Read the text of a JSON value, piece by piece."""
+        depth = 0
+        in_string = escaped = False
+        while True:
+            for at in range(self._at, len(self._text)):
+                character = self._text[at]
+                if in_string:
+                    in_string = escaped or character != '"'
+                    escaped = character == "\\" and not escaped
+                    ended = depth == 0 and not in_string
+                elif character == '"':
+                    in_string, ended = True, False
+                elif character in "{[":
+                    depth, ended = depth + 1, False
+                elif depth == 0 and character in ",}]" + _SPACE:  # after a number or a word
+                    sink(self._text[self._at : at])
+                    self._at = at
+                    return
+                else:
+                    depth -= character in "}]"
+                    ended = depth == 0 and character in "}]"
+                if ended:
+                    sink(self._text[self._at : at + 1])
+                    self._at = at + 1
+                    return
+            if self._at < len(self._text):
+                sink(self._text[self._at :])
+                self._at = len(self._text)
+            yield
+
+
+def forced_call(form: ToolFormat, tools: Sequence[Tool]) -> str:
+    """The grammar of an answer that is one call of one of ``tools``.
+
+    Raises:
+        InvalidRequest: a tool's parameters are a schema that can't be kept to.
+    """
+    builder = GrammarBuilder()
+    alternatives = []
+    for tool in tools:
+        name = tool.function.name
+        what = f"parameters of tool {name!r}"
+        schema = tool.function.parameters or {"type": "object", "additionalProperties": False}
+        if form.shape == "tagged":
+            arguments = _tagged(form, builder, schema, what)
+        else:
+            arguments = builder.schema({"type": "object", **schema}, what)
+        call = f'{{"{form.name}": {json.dumps(name)}, "{form.arguments}": {{arguments}}}}'
+        text = form.forced.replace("{call}", call).replace("{name}", name)
+        before, _, after = text.partition("{arguments}")
+        alternatives.append(f"{literal(before)} {arguments} {literal(after)}")
+    return builder.gbnf(" | ".join(map(builder.rule, alternatives)))
+
+
+def _tagged(form: ToolFormat, builder: GrammarBuilder, schema: Mapping[str, Any], what: str) -> str:
+    """Arguments one by one, strings among them as plain text."""
+    parts = []
+    for name, each in schema.get("properties", {}).items():
+        is_text = isinstance(each, Mapping) and each.get("type") == "string" and "enum" not in each
+        value = "[^<]*" if is_text else builder.schema(each, f"{what}: {name!r}")
+        opening, closing = literal(f"{form.key}{name}{form.key_end}"), literal(form.value_end)
+        part = builder.rule(f"{opening} {value} {closing}")
+        parts.append(part if name in schema.get("required", []) else f"{part}?")
+    return builder.rule(" ".join(parts) or '""')
