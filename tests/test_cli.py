@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from inferpool.cli import main, system
-from inferpool.cli.chat import Conversation
+from inferpool.cli.chat import Conversation, _answer
 from inferpool.cli.console import duration, explain, printable
 from inferpool.errors import ContextLengthExceeded, WorkerCrashed
 from inferpool.messages import ChatDelta
@@ -374,20 +374,26 @@ class ShortMemory:
         yield self._answer([message["content"] for message in messages])
 
     def _answer(self, contents: list[str]) -> Generator[ChatDelta]:
-        if len(contents) > 3 or contents[-1] == "too long":
+        if contents[-1] == "too long":
             raise ContextLengthExceeded("too many")
+        dropped = max(0, len(contents) - 3)
         self.asked.append(contents)
         yield ChatDelta(text=f"to {contents[-1]}: ")
-        yield ChatDelta(text="well", finish_reason="stop")
+        yield ChatDelta(text="well", finish_reason="stop", dropped_messages=dropped)
 
 
 def test_a_full_context_forgets_the_oldest_exchange(capsys: pytest.CaptureFixture[str]) -> None:
     chat = ShortMemory()
     conversation = Conversation(chat, None, {})  # type: ignore[arg-type]
-    for prompt in ("a", "b", "c"):
-        list(conversation.ask(prompt))
-    assert chat.asked == [["a"], ["a", "to a: well", "b"], ["b", "to b: well", "c"]]
-    assert capsys.readouterr().err == "(the context is full: forgot the oldest exchange)\n"
+    for prompt in ("a", "b", "c", "d"):
+        _answer(conversation, prompt)
+    assert chat.asked[2:] == [
+        ["a", "to a: well", "b", "to b: well", "c"],
+        ["b", "to b: well", "c", "to c: well", "d"],
+    ]
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[2:] == ["to c: well", "to d: well"]
+    assert captured.err == "(the context is full: forgot the oldest exchange)\n" * 2
     with pytest.raises(ContextLengthExceeded):
         list(conversation.ask("too long"))
 

@@ -18,7 +18,7 @@ from inferpool.cli.console import (
     report,
     working,
 )
-from inferpool.errors import ContextLengthExceeded, InferpoolError
+from inferpool.errors import InferpoolError
 
 if TYPE_CHECKING:
     from inferpool.host.roles import Chat, ChatOptions
@@ -111,38 +111,23 @@ class Conversation:
         fails is not remembered.
         """
         question = {"role": "user", "content": prompt}
+        messages = [*self._system, *self.turns, question]
         pieces = []
+        forgotten = 0
         try:
-            with contextlib.closing(self._stream(question)) as deltas:
-                for delta in deltas:
+            with self._chat.stream(messages, **self._options) as stream:
+                for delta in stream:
                     pieces.append(delta.text)
+                    forgotten = delta.dropped_messages
                     yield delta
         except InferpoolError:
             pieces.clear()
             raise
         finally:
             if answer := "".join(pieces):
+                # What the context no longer holds need not be sent again.
+                del self.turns[:forgotten]
                 self.turns += [question, {"role": "assistant", "content": answer}]
-
-    def _stream(self, question: dict[str, str]) -> Generator[ChatDelta]:
-        """Answer, without the oldest exchanges if the context can't hold them any more."""
-        forgotten = 0
-        while True:
-            messages = [*self._system, *self.turns, question]
-            try:
-                with self._chat.stream(messages, **self._options) as stream:
-                    for delta in stream:
-                        if forgotten:
-                            note(f"(the context is full: forgot the {_oldest(forgotten)})")
-                            forgotten = 0
-                        yield delta
-                return
-            except ContextLengthExceeded:
-                # It is raised before the first piece.
-                if not self.turns:
-                    raise
-                del self.turns[:2]
-                forgotten += 1
 
 
 def _oldest(exchanges: int) -> str:
@@ -190,6 +175,8 @@ def _answer(conversation: Conversation, prompt: str) -> None:
         finally:
             if not at_line_start:
                 print(flush=True)
+    if delta is not None and delta.dropped_messages:
+        note(f"(the context is full: forgot the {_oldest(delta.dropped_messages // 2)})")
     if delta is not None and delta.finish_reason == "length":
         note("(cut: --max-tokens, or the context, allows no more)")
 
