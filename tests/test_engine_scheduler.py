@@ -15,7 +15,7 @@ from inferpool.engine.chat import ChatEngine
 from inferpool.engine.context import Context
 from inferpool.engine.model import Model
 from inferpool.engine.scheduler import common_prefix
-from inferpool.errors import CallCancelled, ModelError
+from inferpool.errors import CallCancelled, InvalidRequest, ModelError, ModelLoadError
 from inferpool.messages import ChatMessage, ChatRequest
 
 LONG = "Consider the honey bee, its dance and its hive. " * 12
@@ -270,27 +270,117 @@ def test_a_caller_that_takes_no_more_ends_its_own_answer_only(engine: ChatEngine
     assert other.outcome == "end"
 
 
-def test_a_batch_that_fails_ends_its_answers_and_no_others(
-    engine: ChatEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    talking = submit(engine, "Tell me a story.", max_tokens=10)
-    while not talking.deltas:
-        engine.step()
+def fail_where(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
+    """Let every batch fail that holds a token."""
     decode = Context.decode
 
     def failing(self: Context, batch: Any) -> None:
-        if len(batch) > 1:
+        if token in batch._token[: len(batch)]:
+            raise ModelError("llama_decode failed")
+        decode(self, batch)
+
+    monkeypatch.setattr(Context, "decode", failing)
+
+
+def test_a_batch_that_fails_ends_the_answer_to_blame_and_no_others(
+    engine: ChatEngine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "Tell me a story."
+    expected = submit(engine, question, cache_prompt=False)
+    finish(engine)
+    with monkeypatch.context() as patch:
+        zebra = model.tokenize(" zebra", add_special=False, parse_special=False)[0]
+        fail_where(patch, int(zebra))
+        talking = submit(engine, question, cache_prompt=False)
+        while not talking.deltas:
+            engine.step()
+        doomed = submit(engine, "Say zebra.")
+        reading = submit(engine, question, cache_prompt=False)
+        finish(engine)
+    assert isinstance(doomed.outcome, ModelError)
+    assert talking.text == reading.text == expected.text
+    again = submit(engine, "Say zebra.")
+    finish(engine)
+    assert again.outcome == "end"
+
+
+def test_a_model_that_can_not_go_back_reads_everything_anew(
+    engine: ChatEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As recurrent models do, which can only be emptied."""
+    question = LONG + "Tell me a story."
+    expected = submit(engine, question, max_tokens=12, cache_prompt=False)
+    finish(engine)
+    truncate = Context.truncate
+
+    def all_or_nothing(self: Context, sequence: int, length: int) -> bool:
+        return truncate(self, sequence, 0) if length == 0 else False
+
+    monkeypatch.setattr(Context, "truncate", all_or_nothing)
+    answer = submit(engine, question, max_tokens=12, cache_prompt=False)
+    while len(answer.deltas) < 4:
+        engine.step()
+    decode = Context.decode
+    failed: list[bool] = []
+
+    def failing_once(self: Context, batch: Any) -> None:
+        if len(failed) < 2:  # the batch, and its first answer alone
+            failed.append(True)
             raise ModelError("llama_decode failed")
         decode(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Context, "decode", failing)
-        doomed = submit(engine, "Say hello.")
-        finish(engine)
-    assert isinstance(doomed.outcome, ModelError)
-    assert talking.outcome == "end"
-    assert submit(engine, "Say hello.").outcome is None
+        doomed = submit(engine, "Say hello.", max_tokens=12)
+        engine.step()
+        patch.setattr(Context, "decode", failing_once)
+        engine.step()
     finish(engine)
+    outcomes = [answer.outcome, doomed.outcome]
+    assert sum(isinstance(outcome, ModelError) for outcome in outcomes) == 1
+    if answer.outcome == "end":
+        assert answer.text.split()[:4] == expected.text.split()[:4]
+
+
+def test_a_step_that_breaks_leaves_nothing_behind(engine: ChatEngine) -> None:
+    class Breaking(FakeCaller):
+        def tell(self, delta: Any) -> bool:
+            raise MemoryError
+
+    others = [submit(engine, "Tell me a story.") for _ in range(2)]
+    while not others[0].deltas:
+        engine.step()
+    engine.submit(request("Say hello."), Breaking())
+    with pytest.raises(MemoryError):
+        finish(engine)
+    assert engine.step() is None
+    expected = others[0].text
+    again = submit(engine, "Tell me a story.")
+    finish(engine)
+    assert again.outcome == "end"
+    assert again.text.startswith(expected)
+
+
+def test_an_option_that_does_not_fit_the_model_ends_its_own_call(engine: ChatEngine) -> None:
+    refused = submit(engine, "Say hello.", logit_bias={1 << 30: 1.0})
+    other = submit(engine, "Say hello.")
+    finish(engine)
+    assert isinstance(refused.outcome, InvalidRequest)
+    assert other.outcome == "end"
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "n_batch", "n_parallel"), [(256, 2, 4), (3, 512, 4), (16, 512, 32)]
+)
+def test_small_numbers_do_not_end_the_process(
+    model: Model, n_ctx: int, n_batch: int, n_parallel: int
+) -> None:
+    small = ChatEngine(model, n_ctx=n_ctx, n_batch=n_batch, n_parallel=n_parallel, n_threads=1)
+    small.close()
+
+
+def test_more_conversations_than_llama_cpp_can_count(model: Model) -> None:
+    with pytest.raises(ModelLoadError, match="hint: pass n_ctx= or n_parallel="):
+        ChatEngine(model, n_ctx=1 << 24, n_parallel=256)
 
 
 @settings(max_examples=15, deadline=None)

@@ -215,6 +215,52 @@ def test_deferred_calls_are_served_by_steps_between_requests() -> None:
     assert channel.events[len(steps)] == "receive(None)"
 
 
+def test_steps_are_made_however_many_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferpool.worker.runtime.TAKING_SECONDS", 0.0)
+    requests = [FakeRequest(codec.encode("submit", None)) for _ in range(5)]
+    channel = FakeChannel(requests)
+    run(channel, SteppingSession, submit=submit)
+    assert channel.events.count("step") == len(requests)
+
+
+def test_a_session_without_steps_may_end_its_calls_from_elsewhere() -> None:
+    replies: list[Reply] = []
+
+    def keep(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        reply.defer()
+        replies.append(reply)
+
+    request = FakeRequest(codec.encode("keep", None))
+    channel = FakeChannel([request, None])
+    run(channel, keep=keep)
+    assert channel.events[:2] == ["receive(None)", "receive(None)"]
+    replies[0].end()
+    assert request.outcome == ["end"]
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+class Undetailed(Exception):
+    @property
+    def details(self) -> dict[str, int]:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("error", [Unprintable(), Undetailed()])
+def test_an_error_that_fails_to_describe_itself_ends_its_call_and_no_more(
+    error: Exception,
+) -> None:
+    def fail(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        raise error
+
+    requests = [FakeRequest(codec.encode("fail", None)) for _ in range(2)]
+    run(FakeChannel(requests), fail=fail)
+    assert [request.outcome for request in requests] == [[type(error).__name__]] * 2
+
+
 def test_a_step_that_raises_fails_what_was_deferred_and_the_loop_goes_on() -> None:
     def submit_nowhere(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
         reply.defer()

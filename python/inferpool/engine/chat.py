@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 
+from inferpool.config import MAX_CONTEXT_LENGTH
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.context import Context
 from inferpool.engine.model import Model
@@ -65,12 +66,18 @@ class ChatEngine:
         """
         # llama.cpp rounds the context up; what was asked for is what holds.
         self.n_ctx = context_length(n_ctx, model.n_ctx_train)
+        if self.n_ctx * n_parallel > MAX_CONTEXT_LENGTH:
+            raise ModelLoadError(
+                f"{n_parallel} conversations of {self.n_ctx} tokens each are too many. "
+                "hint: pass n_ctx= or n_parallel="
+            )
         self._prompts = PromptBuilder(model, n_ctx=self.n_ctx, chat_template=chat_template)
         with ExitStack() as resources:
             context = Context(
                 model,
                 n_ctx=self.n_ctx * n_parallel,
-                n_batch=min(n_batch, self.n_ctx),
+                # A step decodes a token of each conversation.
+                n_batch=max(min(n_batch, self.n_ctx), n_parallel),
                 n_seq_max=n_parallel,
                 # Each conversation has its own length to itself, and from four of them on this is
                 # faster too (ARCHITECTURE.md).

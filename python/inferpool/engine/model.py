@@ -251,9 +251,11 @@ def _load(
     params.n_gpu_layers = n_gpu_layers
 
     def go_on(part: float, _data: object) -> bool:
+        if abort is not None and abort.is_set():
+            return False
         if progress is not None:
             progress(part)
-        return abort is None or not abort.is_set()
+        return True
 
     keep_going = lib.llama_progress_callback(go_on)
     params.progress_callback = keep_going

@@ -218,19 +218,21 @@ class Sampler:
         else:
             self._add(lib.llama_sampler_init_dist(seed))
 
+    def _window(self, asked: int) -> int:
+        """How many tokens to remember; llama.cpp allocates as many, however many there are."""
+        window = min(asked, self._model.n_ctx_train)
+        self._memory = max(self._memory, window)
+        return window
+
     def _add_penalties(self) -> None:
         """Penalties and dry; they alone remember tokens, ``_memory`` of them."""
         asked = self._request
         penalties = (asked.repeat_penalty, asked.frequency_penalty, asked.presence_penalty)
         if penalties != (1.0, 0.0, 0.0):
-            self._memory = asked.repeat_last_n
-            self._add(
-                lib.llama_sampler_init_penalties(
-                    self._model.n_vocab, asked.repeat_last_n, *penalties
-                )
-            )
+            last_n = self._window(asked.repeat_last_n)
+            self._add(lib.llama_sampler_init_penalties(self._model.n_vocab, last_n, *penalties))
         if asked.dry_multiplier != 0.0:
-            self._memory = max(self._memory, asked.dry_penalty_last_n)
+            last_n = self._window(asked.dry_penalty_last_n)
             breakers = [text.encode() for text in asked.dry_sequence_breakers]
             self._add(
                 lib.llama_sampler_init_dry(
@@ -238,7 +240,7 @@ class Sampler:
                     asked.dry_multiplier,
                     asked.dry_base,
                     asked.dry_allowed_length,
-                    asked.dry_penalty_last_n,
+                    last_n,
                     (ctypes.c_char_p * len(breakers))(*breakers),
                     len(breakers),
                 )

@@ -11,7 +11,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -72,29 +72,49 @@ class _Slot:
         self.used = 0
 
 
+class _Request(NamedTuple):
+    """An answer that has been asked for, and waits for its turn."""
+
+    prompt: Prompt
+    caller: Caller
+    since: float
+
+
 class _Answer:
-    """An answer from its request to its last piece.
+    """An answer that has its turn.
 
     Attributes:
+        slot: where its memory is.
         tokens: the answer's tokens so far. The last one is not in memory yet.
         untold: pieces that the caller has not taken yet.
-        slot: where its memory is, once it has its turn.
     """
 
-    def __init__(self, prompt: Prompt, caller: Caller) -> None:
-        self.prompt = prompt
-        self.caller = caller
-        self.sampler = prompt.sampler()
-        self.parser = prompt.parser()
-        self.slot = _Slot(-1)
+    def __init__(self, request: _Request, slot: _Slot) -> None:
+        """Begin to answer.
+
+        Raises:
+            InferpoolError: an option of the request does not fit the model.
+        """
+        self.prompt = request.prompt
+        self.caller = request.caller
+        self.slot = slot
+        self.sampler = self.prompt.sampler()
+        self.parser = self.prompt.parser()
         self.tokens: list[int] = []
         self.untold: deque[ChatDelta] = deque()
-        self.started = self.first = self.last = time.perf_counter()
+        self.started = self.first = self.last = request.since
 
     @property
     def n_unread(self) -> int:
-        """Tokens of the prompt that are not in memory yet."""
-        return max(0, len(self.prompt.tokens) - len(self.slot.tokens))
+        """Tokens, of the prompt and then the answer, that are not in memory yet."""
+        return len(self.prompt.tokens) + len(self.tokens) - len(self.slot.tokens)
+
+    def unread(self, n: int) -> list[int]:
+        """The next ``n`` of them."""
+        begin = len(self.slot.tokens)
+        prompt: list[int] = self.prompt.tokens[begin : begin + n].tolist()
+        begin = max(0, begin - len(self.prompt.tokens))
+        return prompt + self.tokens[begin : begin + n - len(prompt)]
 
     def add(self, token: int) -> bool:
         """Take the token that the sampler drew; whether the answer goes on."""
@@ -139,6 +159,10 @@ class _Answer:
         return True
 
 
+_Chunk = tuple[_Answer, list[int]]
+"""An answer, and the tokens of it that are to be decoded next."""
+
+
 class Scheduler:
     """Shares one context among the answers that have been asked for."""
 
@@ -154,28 +178,24 @@ class Scheduler:
         self._batch = Batch(context.n_batch)
         self._slots = [_Slot(id) for id in range(context.n_seq_max)]
         self._n_admitted = 0
-        self._waiting: deque[_Answer] = deque()
+        self._waiting: deque[_Request] = deque()
         self._active: list[_Answer] = []
         self._untold: list[_Answer] = []  # complete, but for callers that are behind
 
     def submit(self, prompt: Prompt, caller: Caller) -> None:
-        """Ask for the answer to ``prompt``; ``caller`` gets it while steps are made.
-
-        Raises:
-            InferpoolError: an option does not fit the model.
-        """
-        answer = _Answer(prompt, caller)
+        """Ask for the answer to ``prompt``; ``caller`` gets it while steps are made."""
         place = len(self._waiting)
         if not prompt.is_bulk:
             place = sum(not other.prompt.is_bulk for other in self._waiting)
-        self._waiting.insert(place, answer)
+        self._waiting.insert(place, _Request(prompt, caller, time.perf_counter()))
 
     def close(self) -> None:
         """Free what the answers hold. Their callers are told nothing."""
-        for answer in [*self._waiting, *self._active]:
+        for answer in self._active:
             answer.sampler.close()
-        self._waiting.clear()
         self._active.clear()
+        self._waiting.clear()
+        self._untold.clear()
 
     def step(self) -> float | None:
         """Do a piece of work.
@@ -184,11 +204,19 @@ class Scheduler:
             Seconds until the next step should follow: 0 while there is work, None if there is
             none.
         """
-        self._drop_cancelled()
-        self._admit()
-        self._continue_answers()
-        self._read_prompts()
-        self._untold = [answer for answer in self._untold if not self._end(answer)]
+        try:
+            self._drop_cancelled()
+            self._admit()
+            self._continue_answers()
+            self._read_prompts()
+            self._untold = [answer for answer in self._untold if not self._end(answer)]
+        except BaseException:
+            # The loop fails all these calls: none of them must be answered again.
+            self.close()
+            for slot in self._slots:
+                slot.free = True
+                self._keep(slot, 0)
+            raise
         if self._waiting or self._active:
             return 0.0
         return _RETRY_SECONDS if self._untold else None
@@ -199,15 +227,19 @@ class Scheduler:
         for answer in [answer for answer in self._active if answer.caller.cancelled]:
             self._release(answer)
             answer.caller.end()
-        for answer in [answer for answer in self._waiting if answer.caller.cancelled]:
-            self._waiting.remove(answer)
-            answer.sampler.close()
-            answer.caller.end()
+        for request in [request for request in self._waiting if request.caller.cancelled]:
+            self._waiting.remove(request)
+            request.caller.end()
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < len(self._slots):
-            answer = self._waiting.popleft()
-            slot, source, n_common = self._place(answer.prompt)
+            request = self._waiting.popleft()
+            slot, source, n_common = self._place(request.prompt)
+            try:
+                answer = _Answer(request, slot)
+            except InferpoolError as error:
+                request.caller.fail(error)
+                continue
             if source is not slot:
                 self._context.copy_sequence(source.id, slot.id)
                 slot.tokens = source.tokens[:]
@@ -215,7 +247,6 @@ class Scheduler:
             self._n_admitted += 1
             slot.used = self._n_admitted
             slot.free = False
-            answer.slot = slot
             self._active.append(answer)
         # Streams of neighbours are computed together.
         self._active.sort(key=lambda answer: answer.slot.id)
@@ -224,7 +255,7 @@ class Scheduler:
         """A free slot for ``prompt``, the slot whose memory begins like it, and how far."""
         n_common, source = max(
             ((common_prefix(slot.tokens, prompt.tokens), slot) for slot in self._slots),
-            key=lambda entry: entry[0],
+            key=lambda entry: (entry[0], entry[1].free),
         )
         oldest = min(
             (slot for slot in self._slots if slot.free),
@@ -266,73 +297,72 @@ class Scheduler:
 
     def _continue_answers(self) -> None:
         """Decode the next token of every answer that has begun."""
-        answers = [answer for answer in self._active if answer.tokens]
-        if not answers:
-            return
-        self._batch.clear()
-        for answer in answers:
-            self._add(answer, answer.tokens[-1:])
-            self._batch.want_last()
-        if self._decode(answers, self._abort):
-            for row, answer in enumerate(answers):
-                answer.slot.tokens.append(answer.tokens[-1])
-                self._sample(answer, row)
+        answers = [answer for answer in self._active if answer.tokens and answer.n_unread == 1]
+        if answers:
+            self._compute([(answer, answer.unread(1)) for answer in answers], self._abort)
 
     def _read_prompts(self) -> None:
         """Decode a chunk of the prompts, shared out so that short ones are soon read."""
-        unread = [answer for answer in self._active if answer.n_unread]
+        unread = [answer for answer in self._active if not answer.tokens or answer.n_unread > 1]
         if not unread:
             return
         alone = len(unread) == len(self._active)
         room = self._context.n_batch if alone else min(self._context.n_batch, _SHARED_CHUNK)
         unread.sort(key=lambda answer: answer.n_unread)
-        self._batch.clear()
-        chunks: list[tuple[_Answer, list[int], int]] = []
+        chunks = []
         for index, answer in enumerate(unread):
             n = min(answer.n_unread, room // (len(unread) - index))
             if n:
                 room -= n
-                begin = len(answer.slot.tokens)
-                chunk = answer.prompt.tokens[begin : begin + n].tolist()
-                self._add(answer, chunk)
-                if n == answer.n_unread:
-                    self._batch.want_last()
-                chunks.append((answer, chunk, len(self._batch) - 1))
-        answers = [answer for answer, _, _ in chunks]
-        abort = functools.reduce(lambda a, b: a.union(b), (each.caller.abort for each in answers))
-        if self._decode(answers, abort):
-            for answer, chunk, row in chunks:
-                answer.slot.tokens += chunk
-                if not answer.n_unread:
-                    answer.sampler.accept_prompt(answer.prompt.tokens)
-                    self._sample(answer, row)
+                chunks.append((answer, answer.unread(n)))
+        tokens = (answer.caller.abort for answer, _ in chunks)
+        self._compute(chunks, functools.reduce(lambda one, other: one.union(other), tokens))
 
-    def _add(self, answer: _Answer, tokens: Sequence[int]) -> None:
-        slot = answer.slot
-        array = np.array(tokens, np.int32)
-        self._batch.add(array, start=len(slot.tokens), sequence=slot.id, output=False)
-
-    def _decode(self, answers: Sequence[_Answer], abort: AbortToken | None) -> bool:
-        """Compute the batch; false if it was aborted, or failed and the answers with it."""
+    def _compute(self, chunks: Sequence[_Chunk], abort: AbortToken | None) -> None:
+        """Decode the next tokens of answers, and draw one for each that has none left."""
+        self._batch.clear()
+        rows = []
+        for answer, chunk in chunks:
+            slot = answer.slot
+            tokens = np.array(chunk, np.int32)
+            self._batch.add(tokens, start=len(slot.tokens), sequence=slot.id, output=False)
+            if len(chunk) == answer.n_unread:
+                self._batch.want_last()
+            rows.append(len(self._batch) - 1)
         try:
             with self._context.interruptible(abort):
                 self._context.decode(self._batch)
-        except CallCancelled:
-            # Parts of the batch may be in memory. Whoever is not cancelled tries again.
-            for answer in answers:
-                self._keep(answer.slot, len(answer.slot.tokens))
         except InferpoolError as error:
-            for answer in answers:
-                self._release(answer)
-                self._keep(answer.slot, 0)
-                answer.caller.fail(error)
-        else:
-            return True
-        return False
+            self._share_out(error, chunks, abort)
+            return
+        for answer, chunk in chunks:
+            answer.slot.tokens += chunk
+        for (answer, _), row in zip(chunks, rows, strict=True):
+            if not answer.n_unread:
+                self._sample(answer, row)
+
+    def _share_out(
+        self, error: InferpoolError, chunks: Sequence[_Chunk], abort: AbortToken | None
+    ) -> None:
+        """After a batch that was aborted or failed: find out whose fault it was."""
+        for answer, _ in chunks:  # parts of the batch may be in memory
+            self._keep(answer.slot, len(answer.slot.tokens))
+        if isinstance(error, CallCancelled):
+            return  # whoever is not cancelled tries again in the next step
+        if len(chunks) > 1:
+            for answer, chunk in chunks:
+                self._compute([(answer, answer.unread(len(chunk)))], abort)
+            return
+        for answer, _ in chunks:
+            self._release(answer)
+            self._keep(answer.slot, 0)
+            answer.caller.fail(error)
 
     def _sample(self, answer: _Answer, row: int) -> None:
         """Draw the next token of ``answer`` from row ``row`` of the batch, and tell its caller."""
         try:
+            if not answer.tokens:
+                answer.sampler.accept_prompt(answer.prompt.tokens)
             goes_on = answer.add(answer.sampler.sample(self._context, row))
             if goes_on:
                 answer.tell()

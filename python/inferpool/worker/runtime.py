@@ -46,6 +46,9 @@ LOG_CHECK_SECONDS = 0.001
 
 UNCONFINED = SandboxReport(level="basic")
 
+TAKING_SECONDS = 0.01
+"""How long requests are taken, as long as there are any, between two steps of a session."""
+
 _log = logging.getLogger("inferpool.worker")
 
 
@@ -146,7 +149,9 @@ def report_loading(part: float) -> None:
         request, reported = loading
         # A window's worth of reports would make the worker wait for a host that does not look.
         if (percent := int(100 * part)) > reported:
-            request.try_send(codec.encode("loading", percent / 100))
+            # Nobody may wait any more, which a factory learns from its abort token.
+            with contextlib.suppress(CallCancelled, PoolClosed):
+                request.try_send(codec.encode("loading", percent / 100))
             _loading.set((request, percent))
 
 
@@ -204,23 +209,31 @@ def _dispatch(
     unexpected = 0
     log_checked = 0.0
     step = getattr(state.session, "step", None)
+    step_due = 0.0
     patience: float | None = None
     while not channel.shutting_down:
         request = channel.receive(patience)
         if request is not None:
             _serve(request, kind_handlers, state)
-            # What has come meanwhile is taken before the next step.
-            patience = 0.0 if state.deferred else None
             now = time.monotonic()
             if now - log_checked > LOG_CHECK_SECONDS:
                 log.limit_size()
                 log_checked = now
-            continue
-        if channel.unexpected_control != unexpected:
+            if step is None or not state.deferred:
+                patience = None
+                continue
+            # What has come meanwhile is taken before the next step, but not without end.
+            if patience is None:
+                step_due = now + TAKING_SECONDS
+            patience = 0.0
+            if now < step_due:
+                continue
+        elif channel.unexpected_control != unexpected:
             unexpected = channel.unexpected_control
             _log.warning("dropped an unexpected control message (%d so far)", unexpected)
         if step is not None:
             patience = _step(step, state)
+            step_due = time.monotonic() + TAKING_SECONDS
 
 
 def _step(step: Callable[[], float | None], state: WorkerLoopState) -> float | None:
@@ -276,13 +289,7 @@ def _answer_nothing(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
 
 def report_failure(request: Request, error: BaseException) -> None:
     """End a call with an error: type name, message, traceback and, if it has any, details."""
-    details = getattr(error, "details", {})
-    info = ErrorInfo(
-        type_name=type(error).__name__,
-        message=_encodable(str(error)),
-        traceback=_encodable("".join(traceback.format_exception(error))),
-        details=details if _is_plain(details) else {},
-    )
+    info = _describe(error)
     # A call that has ended, or a worker that shuts down, takes no more frames.
     with contextlib.suppress(PoolClosed):
         try:
@@ -290,6 +297,20 @@ def report_failure(request: Request, error: BaseException) -> None:
         except PayloadTooLarge:
             short = ErrorInfo(type_name=info.type_name, message="(too long)", traceback="")
             request.fail(codec.encode("error", short))
+
+
+def _describe(error: BaseException) -> ErrorInfo:
+    name = type(error).__name__
+    try:
+        details = getattr(error, "details", {})
+        return ErrorInfo(
+            type_name=name,
+            message=_encodable(str(error)),
+            traceback=_encodable("".join(traceback.format_exception(error))),
+            details=details if _is_plain(details) else {},
+        )
+    except BaseException:  # noqa: BLE001  # the error's own code fails
+        return ErrorInfo(type_name=name, message="(can't be told)", traceback="")
 
 
 def _encodable(text: str) -> str:

@@ -82,7 +82,8 @@ class Sampling(TypedDict, total=False):
     mirostat_eta: float
     """How fast. Default 0.1."""
     seed: int | None
-    """The same seed and request give the same answer."""
+    """The same seed and request give the same answer, unless other calls are served meanwhile,
+    which changes the rounding."""
 
 
 class CompletionOptions(Sampling, total=False):
