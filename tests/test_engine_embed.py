@@ -159,6 +159,24 @@ def test_bulk_gets_the_room_that_others_leave() -> None:
     assert plans == [[False] * 4, [False, False, True, True], [True, True], []]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([100, 92, 28, 20, 60, 36], [[100, 92, 60], [36, 28, 20]]),
+        ([9] * 10, [[9] * 10]),
+        ([300, 200, 56], [[300], [200, 56]]),
+    ],
+)
+def test_texts_end_where_tiles_of_attention_do(
+    lengths: list[int], expected: list[list[int]]
+) -> None:
+    packer = Packer.__new__(Packer)
+    packer._n_packed, packer._n_seq_max = 256, 64
+    packer._jobs = deque([Job([np.zeros(n, np.int32) for n in lengths], 1)])
+    plans = iter(packer._plan, [])
+    assert [[len(job.tokens(row)) for job, row in plan] for plan in plans] == expected
+
+
 # Cancelling
 
 
