@@ -83,7 +83,7 @@ class Server:
 def llama(model: str, **options: Any) -> Iterator[Any]:
     """A ``llama_cpp.Llama`` in this process."""
     # Before the library loads, which reads them then.
-    os.environ.update(worker_environment())
+    os.environ.update(worker_environment({}))
     from llama_cpp import Llama
 
     from inferpool.engine import backend
@@ -113,7 +113,7 @@ def llama_server(model: str, options: str) -> Iterator[Server | None]:
     process = subprocess.Popen(
         command,
         # Its libraries lie beside it.
-        env={**worker_environment(), "LD_LIBRARY_PATH": str(Path(binary).parent)},
+        env={**worker_environment({}), "LD_LIBRARY_PATH": str(Path(binary).parent)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
