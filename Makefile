@@ -26,7 +26,7 @@ export PIP_NO_INPUT := 1
 # Whatever `python` may be on this machine.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test check bench test-posix loom fuzz mutate lock clean
+.PHONY: help demo test check properties cycles bench test-posix loom fuzz mutate lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -63,6 +63,9 @@ test-posix: .venv/extension.stamp ## Run pytest over the portable backend of the
 	rm .venv/extension.stamp
 	$(BIN)/python -m pytest
 	$(MAKE) .venv/extension.stamp
+
+properties: .venv/extension.stamp ## Try 200 random histories of 50 steps on a real pool
+	$(BIN)/python -m pytest tests/test_properties.py -k Lifecycle --hypothesis-profile=thorough
 
 bench: .venv/extension.stamp .venv/bench.stamp ## Measure against the alternatives, side by side
 	$(BIN)/python -m benchmarks

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from engine_fakes import SETTINGS
+from hypothesis import settings
 
 from inferpool import Policy, Pool, Role, config
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
     from inferpool.engine.model import Model
+
+settings.register_profile("thorough", max_examples=200)
 
 TIRELESS = Policy(max_crashes=1 << 16, backoff=0.0)
 """Restarts a role however often it crashes."""

@@ -67,6 +67,13 @@ def count(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
         number += 1
 
 
+def tagged(reply: Reply, payload: list[int], state: WorkerLoopState) -> None:
+    """Send so many items that say whose they are: process, tag of the call, place in the answer."""
+    tag, items = payload
+    for index in range(items):
+        reply.send("tagged", [os.getpid(), tag, index])
+
+
 def sized(reply: Reply, payload: list[int], state: WorkerLoopState) -> None:
     """Send one bytes object of each size, filled with its index."""
     for index, size in enumerate(payload):
@@ -226,6 +233,7 @@ def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
 HANDLERS: dict[str, KindHandler] = {
     "echo": echo,
     "count": count,
+    "tagged": tagged,
     "sized": sized,
     "nothing": nothing,
     "hold_gil": hold_gil,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
+import pytest
 from conftest import TIRELESS, children, descriptors, echo_role, eventually
+from history import Event, History
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -105,11 +109,14 @@ class FrameOrder(RuleBasedStateMachine):
             self.pool.close()
 
 
+RESTLESS = dataclasses.replace(TIRELESS, stuck_after=1.0, cancel_grace=0.3, idle_timeout=0.3)
+
+
 class Lifecycle(RuleBasedStateMachine):
-    """Everything that can happen to a pool and its worker, in any order.
+    """Everything that can happen to a pool and its workers, in any order.
 
     Each call has exactly one outcome, whatever happens; a worker that lives serves the next
-    call; and at the end nothing is left.
+    call; nothing reaches a call that is not its own; and at the end nothing is left.
     """
 
     def __init__(self) -> None:
@@ -119,25 +126,36 @@ class Lifecycle(RuleBasedStateMachine):
         gc.collect()
         self.children = children()
         self.descriptors = descriptors()
-        self.pool = Pool(echo=echo_role(), policy=TIRELESS, close_timeout=0.5)
-        self.stopped: int | None = None
         self.crashes = 0
+        self.background: list[threading.Thread] = []
+        self.histories: list[tuple[History, dict[int, int]]] = []
+        self.open_pool(replicas=1)
+
+    def open_pool(self, replicas: int) -> None:
+        self.role = dataclasses.replace(echo_role(), replicas=replicas)
+        self.pool = Pool(echo=self.role, policy=RESTLESS, close_timeout=0.5)
+        self.stopped: set[int] = set()
         self.closed = False
-        self.background: list[tuple[threading.Thread, list[str]]] = []
+        self.history = History()
+        self.lengths: dict[int, int] = {}
+        self.histories.append((self.history, self.lengths))
 
     def pid(self) -> int | None:
         return self.pool.status()["echo"].pid
 
-    @rule(kind=st.sampled_from(["echo", "sleep", "wait_for_abort"]))
+    def is_stopped(self) -> bool:
+        return any(each.pid in self.stopped for each in self.pool.status()["echo"].workers)
+
+    @rule(kind=st.sampled_from(["echo", "sleep", "wait_for_abort", "hold_gil"]))
     def call(self, kind: str) -> None:
-        payload = 0.01 if kind == "sleep" else None
+        payload = 0.01 if kind in ("sleep", "hold_gil") else None
         outcome = outcome_of(lambda: self.pool.call("echo", kind, payload, timeout=0.3))
         if self.closed:
             assert outcome == "PoolClosed"
 
     @rule()
     def crash(self) -> None:
-        if not self.closed and self.stopped is None:
+        if not self.closed and not self.is_stopped():
             self.pool.cancel("echo")
             self.crashes += 1  # the same request twice would be poisonous
             code = self.crashes % 256
@@ -147,21 +165,35 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule()
     def the_next_call_works(self) -> None:
-        if not self.closed and self.stopped is None:
+        if not self.closed and not self.is_stopped():
             self.pool.cancel("echo")
             assert self.pool.call("echo", "echo", "next", timeout=30) == "next"
 
-    @rule(kind=st.sampled_from(["echo", "wait_for_abort"]))
-    def call_in_the_background(self, kind: str) -> None:
-        outcomes: list[str] = []
-        try:
-            # Sent from here, so that a later cancel meets it.
-            stream = self.pool.stream("echo", kind, 1, timeout=60)
-        except ENDS:
-            return
-        thread = threading.Thread(target=lambda: outcomes.append(outcome_of(lambda: list(stream))))
+    @rule()
+    def even_a_stopped_worker_is_soon_replaced(self) -> None:
+        if not self.closed:
+            self.pool.cancel("echo")
+            outcome = outcome_of(lambda: self.pool.call("echo", "echo", "next", timeout=30))
+            assert outcome in ("answer", "WorkerStuck", "WorkerCrashed", "WorkerStartError")
+
+    def begin(self, items: int) -> int:
+        tag = self.history.begin()
+        self.lengths[tag] = items
+        return tag
+
+    @rule(items=st.integers(0, 3000), timeout=st.sampled_from([0.05, 60.0]))
+    def stream(self, items: int, timeout: float) -> None:
+        tag = self.begin(items)
+        open_stream = partial(self.pool.stream, "echo", "tagged", [tag, items], timeout=timeout)
+        self.history.follow(tag, open_stream, ENDS)
+
+    @rule(items=st.integers(0, 30_000))
+    def stream_in_the_background(self, items: int) -> None:
+        tag = self.begin(items)
+        open_stream = partial(self.pool.stream, "echo", "tagged", [tag, items], timeout=60)
+        thread = threading.Thread(target=self.history.follow, args=(tag, open_stream, ENDS))
         thread.start()
-        self.background.append((thread, outcomes))
+        self.background.append(thread)
 
     @rule(items=st.integers(0, 20))
     def stream_and_drop(self, items: int) -> None:
@@ -179,34 +211,45 @@ class Lifecycle(RuleBasedStateMachine):
             self.pool.ping(timeout=0.1)
 
     @rule()
+    def configure(self) -> None:
+        if self.closed:
+            with pytest.raises(PoolClosed):
+                self.pool.configure("echo", self.role)
+        else:
+            self.pool.configure("echo", self.role)
+
+    @rule()
     def kill(self) -> None:
         if (pid := self.pid()) is not None:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # released meanwhile
+                os.kill(pid, signal.SIGKILL)
             assert eventually(lambda: self.pid() != pid)
-            self.stopped = None
 
     @rule()
     def stop(self) -> None:
         if (pid := self.pid()) is not None:
-            os.kill(pid, signal.SIGSTOP)
-            self.stopped = pid
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+            self.stopped.add(pid)
 
     @rule()
     def go_on(self) -> None:
-        if self.stopped is not None and self.stopped == self.pid():
-            os.kill(self.stopped, signal.SIGCONT)
-        self.stopped = None
+        for each in self.pool.status()["echo"].workers:
+            if each.pid in self.stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each.pid, signal.SIGCONT)
+        self.stopped.clear()
 
-    @rule()
-    def close(self) -> None:
-        self.pool.close()
+    @rule(drain=st.booleans())
+    def close(self, drain: bool) -> None:
+        self.pool.close(drain=drain, timeout=0.5)
         self.closed = True
+        self.history.closed()
 
-    @rule()
-    def restart(self) -> None:
+    @rule(replicas=st.integers(1, 2))
+    def restart(self, replicas: int) -> None:
         self.pool.close()
-        self.pool = Pool(echo=echo_role(), policy=TIRELESS, close_timeout=0.5)
-        self.closed, self.stopped = False, None
+        self.open_pool(replicas)
 
     @invariant()
     def status_can_always_be_told(self) -> None:
@@ -216,10 +259,12 @@ class Lifecycle(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.pool.close()
-        for thread, outcomes in self.background:
+        for thread in self.background:
             thread.join(20)
-            assert len(outcomes) == 1, "a call without an outcome"
+            assert not thread.is_alive(), "a call without an outcome"
         self.background.clear()
+        for history, lengths in self.histories:
+            history.check(lengths)
         gc.collect()
         assert eventually(lambda: children() <= self.children)
         assert eventually(lambda: descriptors() <= self.descriptors)
@@ -232,7 +277,36 @@ SLOW = {
     "phases": [Phase.explicit, Phase.reuse, Phase.generate],
     "print_blob": True,
 }
+# `make properties` asks for the thorough profile.
+LONG = {"max_examples": 200, "stateful_step_count": 50}
+SHORT = {"max_examples": 15, "stateful_step_count": 20}
+THOROUGH = settings().max_examples == settings.get_profile("thorough").max_examples
 TestFrameOrder = FrameOrder.TestCase
 TestFrameOrder.settings = settings(max_examples=25, stateful_step_count=40, **SLOW)
-TestLifecycle = Lifecycle.TestCase
-TestLifecycle.settings = settings(max_examples=15, stateful_step_count=20, **SLOW)
+TestLifecycle = pytest.mark.timeout(7200 if THOROUGH else 60)(Lifecycle.TestCase)
+TestLifecycle.settings = settings(**(LONG if THOROUGH else SHORT), **SLOW)
+
+
+def test_a_history_with_a_fault_is_refused() -> None:
+    faults: dict[str, list[Event]] = {
+        "outcomes \\[\\]": [],
+        "order": [Event(1, "item", [7, 1, 1])],
+        "another": [Event(1, "item", [7, 2, 0])],
+        "two workers": [Event(1, "item", [7, 1, 0]), Event(1, "item", [8, 1, 1])],
+        "ended early": [Event(1, "outcome", "answer")],
+        "after the outcome": [Event(1, "outcome", "PoolClosed")] * 2,
+    }
+    for message, events in faults.items():
+        history = History()
+        history.begin()
+        for event in events:
+            history._add(event)
+        if not any(event.what == "outcome" for event in events) and events:
+            history._add(Event(1, "outcome", "CallTimeout"))
+        with pytest.raises(AssertionError, match=message):
+            history.check({1: 1})
+    late = History()
+    late.closed()
+    late.follow(late.begin(), lambda: [[7, 1, 0]], ENDS)
+    with pytest.raises(AssertionError, match="after the end"):
+        late.check({1: 1})
