@@ -67,6 +67,9 @@ test-posix: .venv/extension.stamp ## Run pytest over the portable backend of the
 properties: .venv/extension.stamp ## Try 200 random histories of 50 steps on a real pool
 	$(BIN)/python -m pytest tests/test_properties.py -k Lifecycle --hypothesis-profile=thorough
 
+cycles: .venv/extension.stamp ## Start and end 1,000 workers; nothing may be left behind
+	$(BIN)/python -m pytest tests/test_cycles.py -s --hypothesis-profile=thorough
+
 bench: .venv/extension.stamp .venv/bench.stamp ## Measure against the alternatives, side by side
 	$(BIN)/python -m benchmarks
 
