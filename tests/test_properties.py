@@ -109,7 +109,9 @@ class FrameOrder(RuleBasedStateMachine):
             self.pool.close()
 
 
-RESTLESS = dataclasses.replace(TIRELESS, stuck_after=1.0, cancel_grace=0.3, idle_timeout=0.3)
+RESTLESS = dataclasses.replace(
+    TIRELESS, start_timeout=20.0, stuck_after=1.0, cancel_grace=0.3, idle_timeout=0.3
+)
 
 
 class Lifecycle(RuleBasedStateMachine):
