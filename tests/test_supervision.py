@@ -468,3 +468,13 @@ def test_calls_go_to_the_least_busy_replica() -> None:
         assert eventually(lambda: not any(map(is_running, pids)))
         assert pool.call("echo", "echo", 1) == 1
         assert pool.ping() < 5
+
+
+def test_a_dropped_stream_that_its_worker_keeps_does_not_keep_the_next_call() -> None:
+    with Pool(echo=echo_role(), policy=Policy(cancel_grace=0.3)) as pool:
+        pool.start()
+        stream = pool.stream("echo", "sleep", 60)
+        assert eventually(lambda: pool.status()["echo"].queue == 0)
+        del stream
+        assert pool.call("echo", "echo", 1, timeout=30) == 1
+        assert pool.status()["echo"].restarts == 1

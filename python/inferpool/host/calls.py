@@ -120,7 +120,9 @@ class OpenCall:
         self.call.abandon()
         self.incarnation.finish(self.flight)
 
-    __del__ = abandon
+    def __del__(self) -> None:
+        self.call.abandon()
+        self.incarnation.finish(self.flight, dropped=True)
 
 
 class Driver(Protocol):
@@ -208,6 +210,7 @@ def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
     while not incarnation.ended and incarnation.is_held() and incarnation.is_ready():
         if any(each.given_up_at is None for each in list(incarnation.flights)):
             return
+        incarnation.check()
         pause = next(pauses, pause)
         yield deadline.left(pause) or 0.0
         deadline.check()

@@ -238,9 +238,15 @@ class Incarnation:
         self.flights.add(flight)
         return flight
 
-    def finish(self, flight: Flight) -> None:
-        """Note that the call has ended here."""
-        self.give_up(flight)
+    def finish(self, flight: Flight, *, dropped: bool = False) -> None:
+        """Note that the call has ended here.
+
+        Args:
+            flight: the call.
+            dropped: its object was collected, which can happen wherever memory is allocated, under
+                any lock; so nothing is locked, and the next call has an eye on the worker.
+        """
+        self.give_up(flight, watch=not dropped)
         self.flights.discard(flight)
         if flight.given_up_at is None:
             self.watch.frozen = 0.0
@@ -249,7 +255,7 @@ class Incarnation:
             if self.retired:
                 self._on_retired_idle(self)
 
-    def give_up(self, flight: Flight) -> None:
+    def give_up(self, flight: Flight, *, watch: bool = True) -> None:
         """Make sure that the worker does not go on for long with a call that has ended here."""
         call = flight.call
         if call is None or call.is_over() or flight.given_up_at is not None:
@@ -257,8 +263,9 @@ class Incarnation:
         flight.given_up_at = time.monotonic()
         flight.rung = "abort" if call.taken else "flag"
         self.lingering.add(flight)
-        with self._lock:
-            self._set_ladder()
+        if watch:
+            with self._lock:
+                self._set_ladder()
 
     def _set_ladder(self) -> None:
         if self._ladder is None and self._exit is None:

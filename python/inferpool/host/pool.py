@@ -8,7 +8,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -378,15 +378,14 @@ class AsyncPool(_Base):
     Cancelling a task that waits for a call cancels the call. Several loops may share a pool.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._driver = LoopDriver()
+    @cached_property
+    def _driver(self) -> LoopDriver:
+        return LoopDriver()
 
     @classmethod
     def _sharing(cls, core: _Core) -> Self:
         pool = cls.__new__(cls)
         pool._core = core
-        pool._driver = LoopDriver()
         return pool
 
     @property

@@ -108,9 +108,9 @@ class Supervisor:
             best = self.current()
             if best is not None:
                 return best
-            if self._crashes.degraded is None and not self._crashes.pause():
-                return self._fill(self._places.index(None))
             best = self._least_busy()
+            if self._crashes.degraded is None and (best is None or not self._crashes.pause()):
+                return self._fill(self._places.index(None))
             if best is not None:
                 return best
             raise RoleDegraded(
