@@ -26,7 +26,7 @@ export PIP_NO_INPUT := 1
 # Whatever `python` may be on this machine.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test check properties cycles bench test-posix loom fuzz mutate lock clean
+.PHONY: help demo test check properties cycles bench test-posix loom fuzz mutate faults lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -88,6 +88,9 @@ fuzz: ## Fuzz the frame decoder on the stable toolchain (FUZZ_SECONDS=300)
 
 mutate: ## Weaken the transport's orderings and checks one by one; every mutant must be caught
 	python3 rust/mutate.py
+
+faults: .venv/extension.stamp ## Try every fault in every phase twenty times; writes docs/reliability.md
+	$(BIN)/python tests/fault_table.py --repeats 20 docs/reliability.md
 
 lock: .venv/created.stamp ## Resolve pyproject.toml's dependencies into requirements/*.lock
 	$(BIN)/python -m pip install --quiet $(UV)

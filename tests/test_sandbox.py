@@ -173,7 +173,7 @@ def test_a_kernel_without_a_facility_is_said_and_strict_refuses(call: str, facil
         "import faults\n"
         "from inferpool import Pool, Role, WorkerStartError\n"
         "from test_sandbox import escape_role\n"
-        f"faults.fail_system_calls(faults.{call.upper()}, 'ENOSYS')\n"
+        f"faults.fail_system_calls([faults.{call.upper()}], 'ENOSYS')\n"
         "with Pool(lax=escape_role('confined'), strict=escape_role('strict')) as pool:\n"
         "    pool.call('lax', 'facts')\n"
         "    report = pool.status()['lax'].sandbox\n"

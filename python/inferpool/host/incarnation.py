@@ -126,7 +126,7 @@ class Incarnation:
                     ring_capacity=_RING_CAPACITY, frame_limit=_FRAME_LIMIT, wait=spec.options.wait
                 )
                 self._process = self._spawn()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 raise WorkerStartError(
                     f"cannot start a worker for role {spec.name!r}: {error}",
                     role=spec.name,
@@ -138,8 +138,10 @@ class Incarnation:
             self.channel.watch(self._process.pid)
             self._start_call = self._send_start()
             self._start_id = self._start_call.id
-        except (InferpoolError, OSError) as error:
-            raise self.start_error(f"could not be reached: {error}") from error
+        except (InferpoolError, OSError, MemoryError) as error:
+            failure = self.start_error(f"could not be reached: {error}")
+            del self.channel  # as above
+            raise failure from error
         except BaseException:
             self.end()
             raise

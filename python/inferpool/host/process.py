@@ -36,8 +36,12 @@ class RoleLogFile:
         if log_dir is None:
             self.path = None
             self._fd = os.memfd_create(f"inferpool-{role}-log")
-            # So that lines of Python and of native code never overwrite each other.
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_APPEND)
+            try:
+                # So that lines of Python and of native code never overwrite each other.
+                fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_APPEND)
+            except OSError:
+                os.close(self._fd)
+                raise
         else:
             log_dir.mkdir(parents=True, exist_ok=True)
             self.path = (log_dir / f"worker-{role}.log").absolute()
