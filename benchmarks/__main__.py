@@ -21,6 +21,7 @@ PARTS = {
     "transport": transport.run,
     "liveness": waiting.liveness,
     "idle": waiting.idle,
+    "spinning": waiting.spinning,
     "embed": embed.run,
     "chat": chat.run,
 }

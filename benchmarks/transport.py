@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,16 +62,44 @@ def _round_trips(size: int, payload: Any, *, rounds: int, repeats: int) -> list[
                     pass
         except ImportError as error:
             print(f"left out: {error}", file=sys.stderr)
-        if size <= 64:
-            for name, limit in (("eventfd", peers.eventfd), ("futex", peers.futex)):
-                bare = enter(limit())
-                contenders[f"limit: {name} ping-pong"] = lambda bare=bare: seconds(bare)
-        else:
+        if size > 64:
             copy = peers.copies(size)
             contenders["limit: 4 copies"] = lambda: seconds(copy)
         label = f"{size} B" if size <= 64 else f"{size >> 20} MiB"
         name = f"round trip, {label}"
         return interleaved(name, contenders, rounds=rounds, repeats=repeats, unit="s", turns=turns)
+
+
+@contextmanager
+def _on(cpu: int) -> Iterator[None]:
+    """Runs on one CPU, as do the processes that are started meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _sleepers(*, rounds: int, repeats: int) -> list[Row]:
+    """Sleepers on CPUs of our choice: left alone, the scheduler puts one pair together, where a
+    wake-up costs two microseconds, and another apart, where it costs thirty."""
+    ours, *others = sorted(os.sched_getaffinity(0))
+    rows: list[Row] = []
+    for label, theirs in (("one CPU", ours), *(("two CPUs", other) for other in others[:1])):
+        with ExitStack() as stack:
+            with _on(theirs):
+                bare = {
+                    f"limit: {name} ping-pong": stack.enter_context(limit())
+                    for name, limit in (("eventfd", peers.eventfd), ("futex", peers.futex))
+                }
+                pool = stack.enter_context(_pool(wait="park"))
+            contenders = {name: partial(seconds, trip) for name, trip in bare.items()}
+            contenders["inferpool, wait='park'"] = _timed(partial(pool.call, "echo", "echo"), SMALL)
+            stack.enter_context(_on(ours))
+            name = f"round trip of sleepers on {label}, 64 B"
+            rows += interleaved(name, contenders, rounds=rounds, repeats=repeats, unit="s")
+    return rows
 
 
 def _asyncio(*, rounds: int, turns: int) -> list[Row]:
@@ -123,7 +153,17 @@ def _stream(*, rounds: int, items: int) -> list[Row]:
             "inferpool": lambda: seconds(of_pool) / items,
         }
         name = f"one of {items:,} items of a stream, 32 B"
-        return interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
+        rows = interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
+        _print_rescued(name, pool)
+        return rows
+
+
+def _print_rescued(what: str, pool: Pool) -> None:
+    counters = pool.status()["echo"].counters
+    frames = counters["frames_sent"] + counters["frames_received"]
+    print(
+        f"{what}: {counters['rescued_waits']} rescued waits in {frames:,} frames", file=sys.stderr
+    )
 
 
 def _threads(*, rounds: int, calls: int) -> list[Row]:
@@ -151,12 +191,7 @@ def _threads(*, rounds: int, calls: int) -> list[Row]:
             }
             name = f"a call of several threads, wait={wait!r}"
             rows += interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
-            counters = pool.status()["echo"].counters
-            frames = counters["frames_sent"] + counters["frames_received"]
-            print(
-                f"wait={wait!r}: {counters['rescued_waits']} rescued waits in {frames:,} frames",
-                file=sys.stderr,
-            )
+            _print_rescued(name, pool)
     return rows
 
 
@@ -167,6 +202,7 @@ def run(*, quick: bool) -> list[Row]:
     rows += _round_trips(64, SMALL, rounds=rounds, repeats=300)
     for size, repeats in ((1 << 20, 10), (16 << 20, 3)):
         rows += _round_trips(size, np.zeros(size, np.uint8), rounds=rounds, repeats=repeats)
+    rows += _sleepers(rounds=rounds, repeats=300)
     rows += _asyncio(rounds=rounds, turns=100)
     rows += _stream(rounds=3 if quick else 5, items=50_000 if quick else 1_000_000)
     rows += _threads(rounds=rounds, calls=4_000 if quick else 40_000)

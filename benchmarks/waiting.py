@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.measure import Row, seconds
+from benchmarks.measure import Row, interleaved, seconds
 from benchmarks.transport import ECHO
-from inferpool import Pool, WorkerCrashed
+from inferpool import ChatConfig, Pool, WorkerCrashed
 
 
 def _row(comparison: str, contender: str, values: list[float], base: float | None = None) -> Row:
@@ -154,6 +154,26 @@ def _switches(pid: int) -> int:
             if "ctxt_switches" in line:
                 total += int(line.split()[1])
     return total
+
+
+def spinning(*, quick: bool) -> list[Row]:
+    """What the spins of a caller and of the worker's own threads cost a model on every CPU."""
+    tokens = 32 if quick else 128
+    config = ChatConfig("smollm2", n_ctx=1024, n_threads=os.cpu_count() or 1)
+
+    def per_token(pool: Pool) -> float:
+        began = time.perf_counter()
+        stream = pool.chat.stream("Count to one thousand.", max_tokens=tokens, temperature=0)
+        number = sum(1 for _ in stream)
+        return (time.perf_counter() - began) / number
+
+    with Pool(chat=config, wait="park") as parked, Pool(chat=config) as adaptive:
+        contenders = {
+            "wait='park'": lambda: per_token(parked.start()),
+            "wait='adaptive'": lambda: per_token(adaptive.start()),
+        }
+        name = "SmolLM2 Q4_1, a token of a stream, all CPUs decoding"
+        return interleaved(name, contenders, rounds=3 if quick else 9, repeats=1, unit="s")
 
 
 def idle(*, quick: bool) -> list[Row]:

@@ -63,10 +63,14 @@ pub fn is_valid_capacity(capacity: usize) -> bool {
     capacity.is_power_of_two() && (4 * ALIGN..=1 << 31).contains(&capacity)
 }
 
+/// Bytes that a record takes at most, header included. The other side copies one out while this one
+/// writes the next; with records of 1 MiB an array of that size took half as long again.
+const RECORD: usize = 128 * 1024;
+
 /// Bytes of body that fit into one record: with half the ring, a record and the padding before it
-/// always fit into an empty ring; with a quarter, the other side copies out while this one writes.
+/// always fit into an empty ring; with a quarter, both sides can be at work in a small one too.
 fn max_body(capacity: usize) -> usize {
-    (capacity / 4).saturating_sub(HEADER).max(ALIGN)
+    (capacity / 4).min(RECORD).saturating_sub(HEADER).max(ALIGN)
 }
 
 /// The writing end.
