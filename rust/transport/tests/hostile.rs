@@ -225,7 +225,7 @@ fn every_value_of_every_header_byte() {
 #[test]
 fn frames_that_the_format_forbids() {
     type Forgery = fn(Header) -> Header;
-    let cases: [(Violation, Forgery); 12] = [
+    let cases: [(Violation, Forgery); 13] = [
         (Violation::Kind, |header| Header {
             kind: Kind::Request,
             ..header
@@ -246,6 +246,11 @@ fn frames_that_the_format_forbids() {
         (Violation::Length, |header| Header {
             length: 64,
             total: 64,
+            ..header
+        }),
+        // More than the whole frame, though it lies within what is published.
+        (Violation::Length, |header| Header {
+            total: 31,
             ..header
         }),
         (Violation::Kind, |header| Header {
