@@ -87,9 +87,14 @@ MUTANTS = [
     Mutant("host/send.rs", "calls.mark_sent(call);", "", "loom cancel_against"),
     Mutant(
         "calls.rs",
-        "self.free_slots.extend(call.release_slot());\n            }\n        }\n        if !late",
-        "}\n        }\n        if !late",
+        "if header.kind.is_terminal() {\n            self.free_slots",
+        "if false {\n            self.free_slots",
         "lib",
+    ),
+    Mutant("calls.rs", "call.frames.len() != 1 || ", "", "lib"),
+    Mutant("host.rs", "self.hand_over_locked(&calls, None);", "", "loom brief_spin"),
+    Mutant(
+        "worker.rs", "if !self.advance_held(state, outbox, kind, item)? {", "if false {", "channel"
     ),
     Mutant(
         "worker.rs",
