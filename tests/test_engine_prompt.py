@@ -167,3 +167,17 @@ def test_a_model_without_a_template_only_completes(
     assert builder.build(ChatRequest(prompt="bees")).tokens.size == 1
     with pytest.raises(InvalidRequest, match="has no chat template"):
         builder.build(ChatRequest(messages=[ChatMessage("user", "bees")]))
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "a" * 40_000}, {"messages": [("a" * 40_000)]}])
+def test_a_text_that_is_far_too_long_is_not_even_tokenised(
+    model: Model, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    if "messages" in asked:
+        asked = {"messages": [{"role": "user", "content": text} for text in asked["messages"]]}
+    builder = PromptBuilder(model, n_ctx=64)
+    monkeypatch.setattr(Model, "tokenize", None)
+    with pytest.raises(ContextLengthExceeded) as caught:
+        builder.build(read(asked, ChatRequest))
+    longest = max(len(model.piece(token, special=True)) for token in range(model.n_vocab))
+    assert caught.value.details["asked"] >= 40_000 // longest > 64

@@ -44,7 +44,7 @@ class GrammarState:
             InvalidRequest: if llama.cpp can't read it; with its reason.
         """
         self._model = model
-        self._after = grammar.after.encode()
+        self._after = grammar.after.encode()  # what is still waited for
         self._seen = b""
         self._handle: lib.llama_sampler_p | None = None
         # To llama.cpp an empty text is no grammar, and NUL ends a text.
@@ -85,7 +85,7 @@ class GrammarState:
 
     def allows(self, token: int) -> bool:
         """Whether the answer may go on with ``token``."""
-        if self._waits:
+        if self._after:
             return True
         self._data[0] = (token, 0.0, 0.0)
         lib.llama_sampler_apply(self.handle, ctypes.byref(self._native))
@@ -93,14 +93,13 @@ class GrammarState:
 
     def accept(self, token: int) -> None:
         """Go on by a token that is allowed; any other would end the process."""
-        if self._waits:
-            self._seen += self._model.piece(token, special=True)
-        else:
+        if not self._after:
             lib.llama_sampler_accept(self.handle, token)
-
-    @property
-    def _waits(self) -> bool:
-        return bool(self._after) and self._after not in self._seen
+            return
+        seen = self._seen + self._model.piece(token, special=True)
+        if self._after in seen:
+            self._after = b""
+        self._seen = seen[-len(self._after) :]
 
 
 def _nesting(gbnf: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,11 @@ class Model:
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest token: a text has at least so many times fewer tokens."""
+        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
 
     @property
     def has_encoder(self) -> bool:

@@ -113,15 +113,15 @@ class PromptBuilder:
 
         Raises:
             ContextLengthExceeded: if what has to stay of the prompt leaves no room for an answer;
-                with the numbers.
+                with the numbers. Of a text that is far too long, ``asked`` is what it has at least.
             InvalidRequest: if the chat template refuses the messages, makes nothing of them, or
                 is missing, or if a schema can't be kept to.
             ModelError: if the chat template fails.
         """
         if request.messages is None:
-            tokens = self._model.tokenize(
-                request.prompt or "", add_special=True, parse_special=True
-            )
+            text = request.prompt or ""
+            self._check_room(request, self._at_least(text), 0)
+            tokens = self._model.tokenize(text, add_special=True, parse_special=True)
             self._check_room(request, len(tokens), 0)
             return Prompt(
                 model=self._model,
@@ -143,23 +143,31 @@ class PromptBuilder:
         tools = [] if request.tool_choice == "none" else request.tools
         window = Window(messages)
         keep_free = request.max_tokens or self.n_ctx // _ANSWER_SHARE
-        rendered = {}
+        rendered: dict[int, str] = {}
+        tokenized: dict[int, npt.NDArray[np.int32]] = {}
 
         def fits(n_exchanges: int) -> bool:
             text = self._render(template, window.without(n_exchanges), tools)
-            rendered[n_exchanges] = text, self._model.tokenize_prompt(text)
-            return len(rendered[n_exchanges][1]) + keep_free <= self.n_ctx
+            rendered[n_exchanges] = text
+            if self._at_least(text) > self.n_ctx:
+                return False
+            tokenized[n_exchanges] = self._model.tokenize_prompt(text)
+            return len(tokenized[n_exchanges]) + keep_free <= self.n_ctx
 
         dropped = 0
         if not fits(0) and request.truncation == "auto":
             dropped = window.fewest_to_drop(fits)
-        text, tokens = rendered[dropped]
+        text = rendered[dropped]
+        if dropped not in tokenized:
+            self._check_room(request, self._at_least(text), 0)
+        tokens = tokenized[dropped]
         if not tokens.size:
             raise InvalidRequest("the chat template makes an empty prompt of these messages")
         if self._needed(request) + len(tokens) > self.n_ctx:
             kept = window.without(dropped)
-            plain = self._model.tokenize_prompt(self._render(template, kept, []))
-            self._check_room(request, len(plain), len(tokens) - len(plain))
+            without = self._render(template, kept, []) if tools else text
+            asked = len(self._model.tokenize_prompt(without)) if tools else len(tokens)
+            self._check_room(request, asked, len(tokens) - asked)
         reasoning = self._reasoning
         thinking = reasoning is not None and text.rstrip().endswith(reasoning.begin)
         grammar = _call_grammar(request, self._format) or grammar_of(request)
@@ -195,6 +203,14 @@ class PromptBuilder:
             for token in self._model.tokenize(mark, add_special=False, parse_special=True).tolist()
             if not self._model.piece(token)
         )
+
+    def _at_least(self, text: str) -> int:
+        """How many tokens a text has at least; 0 unless it is long for the context.
+
+        Tokenising a megabyte takes seconds, in which no other answer gets a token.
+        """
+        n_bytes = len(text.encode())
+        return n_bytes // self._model.longest_piece if n_bytes > 16 * self.n_ctx else 0
 
     def _needed(self, request: ChatRequest) -> int:
         return request.max_tokens or 1
