@@ -102,6 +102,53 @@ CASES: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "number", "minimum": 0, "maximum": 1}, [0, 1, 0.5, 0.25], [-0.5, 1.5, 2]),
     ({"type": "number", "exclusiveMinimum": 0}, [1, 0.5, 12.75], [0, -1, -0.5]),
     ({"description": "anything", "title": "t"}, [1, "x", None], []),
+    # How pydantic 1 describes a field that is a model.
+    (
+        {
+            "properties": {"n": {"allOf": [{"$ref": "#"}], "description": "the next one"}},
+            "type": "object",
+        },
+        [{}, {"n": {"n": {}}}],
+        [{"n": 1}],
+    ),
+    # A part that refers back to the whole.
+    (
+        {
+            "type": "object",
+            "properties": {"n": {"allOf": [{"$ref": "#"}, {"required": ["x"]}]}, "x": {"const": 1}},
+        },
+        [{}, {"n": {"x": 1}}, {"n": {"n": {"x": 1}, "x": 1}}],
+        [{"n": {}}],
+    ),
+    (
+        {
+            "allOf": [
+                {"properties": {"a": {"type": "integer"}}, "additionalProperties": False},
+                {"properties": {"a": {"maximum": 5}, "b": {}}},
+            ]
+        },
+        [{}, {"a": 5}],
+        [{"a": 6}, {"b": 1}, {"a": 5, "b": 1}],
+    ),
+    ({"allOf": [{"additionalProperties": {"type": "null"}}, {"required": ["a"]}]}, [{"a": None}],
+     [{"a": 1}]),
+    ({"allOf": [{"enum": [1, 2]}, {"enum": [True, 2]}]}, [2], [1, True]),
+    ({"const": 1, "enum": [1, 2]}, [1], [2]),
+    ({"type": "integer", "minimum": 5, "exclusiveMinimum": 3}, [5], [4]),
+    ({"type": "integer", "minimum": 3, "exclusiveMinimum": 3}, [4], [3]),
+    ({"type": "integer", "maximum": 3, "exclusiveMaximum": 5}, [3], [4]),
+    ({"type": "null", "not": False, "uniqueItems": False, "propertyNames": {}}, [None], [1]),
+    # How pydantic describes a union whose tag has a default.
+    (
+        {
+            "oneOf": [
+                {"type": "object", "properties": {"kind": {"const": "a"}, "x": {"type": "null"}}},
+                {"type": "object", "properties": {"kind": {"const": "b"}, "next": {"$ref": "#"}}},
+            ]
+        },
+        [{"kind": "a", "x": None}, {"kind": "b", "next": {"kind": "a"}}],
+        [{"x": None}, {"kind": "a", "next": {"kind": "a"}}, {}],
+    ),
     (True, [1, []], []),
 ]  # fmt: skip
 
@@ -209,12 +256,59 @@ def test_a_literal_is_readable(text: str) -> None:
         ({"allOf": [{"minimum": 1}, {"minimum": "x"}]}, "no JSON schema"),
         ({"type": "string", "minLength": -1}, "whole numbers"),
         ({"type": "string", "format": "date", "maxLength": 3}, "a format and a length"),
+        ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]}, "to itself"),
+        (
+            {
+                "properties": {"a": {}},
+                "additionalProperties": False,
+                "anyOf": [{"properties": {"b": {}}, "required": ["b"]}],
+            },
+            "'b' is required and not allowed",
+        ),
+        ({"allOf": [{"prefixItems": [{}]}, {"items": {"type": "null"}}]}, "'items' in several"),
+        ({"enum": [1, 5], "minimum": 3}, "'minimum' beside enum or const"),
+        ({"const": 1, "enum": [2]}, "const is not in enum"),
+        ({"const": 1, "enum": [True]}, "const is not in enum"),
+        ({"const": float("nan")}, "no JSON schema"),
+        ({"type": "object", "required": [1]}, "a property's name is a string"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "may be both 0 and 1"),
+        ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, "may be both 0 and 1"),
+        ({"oneOf": [{"const": 1}, {"enum": [True, 1.0]}]}, "may be both 0 and 1"),
+        *(
+            ({keyword: value}, f"can't keep to '{keyword}'")
+            for keyword, value in [
+                ("maxProperties", 0),
+                ("not", {}),
+                ("contains", {}),
+                ("propertyNames", False),
+                ("unevaluatedProperties", False),
+                ("unevaluatedItems", False),
+                ("if", {}),
+            ]
+        ),
     ],
     ids=str,
 )
 def test_a_schema_that_cannot_be_met_is_refused_with_the_reason(schema: Any, problem: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(problem)):
         gbnf(schema)
+
+
+def test_what_a_schema_takes_in_again_and_again_is_taken_in_once() -> None:
+    levels: Any = {
+        f"{i}": {"properties": {name: {"allOf": [{"$ref": f"#/$defs/{i + 1}"}]} for name in "ab"}}
+        for i in range(30)
+    }
+    assert len(gbnf({"$defs": {**levels, "30": {"type": "object"}}, "$ref": "#/$defs/0"})) < 50_000
+
+
+def test_a_schema_that_unfolds_without_end_is_refused() -> None:
+    levels: Any = {
+        f"{i}": {"allOf": [{"$ref": f"#/$defs/{i + 1}"}, {"$ref": f"#/$defs/{i + 1}"}]}
+        for i in range(30)
+    }
+    with pytest.raises(InvalidRequest, match="too large"):
+        gbnf({"$defs": {**levels, "30": {"type": "object"}}, "$ref": "#/$defs/0"})
 
 
 def test_depth_and_loops_are_refused(model: Model) -> None:

@@ -180,7 +180,7 @@ def test_every_forced_call_keeps_to_its_schema(model: Model) -> None:
 
 
 def test_a_tool_whose_schema_cannot_be_kept_to_is_named() -> None:
-    function = {"name": "f", "parameters": {"properties": {"x": {"type": "string", "not": {}}}}}
+    function = {"name": "f", "parameters": {"properties": {"x": {"type": "string", "not": False}}}}
     tools = read([{"type": "function", "function": function}], list[Tool])
     assert forced_call(HERMES, tools)
     function["parameters"]["properties"]["x"]["not"] = {"const": "a"}  # type: ignore[index]

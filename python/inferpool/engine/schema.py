@@ -2,18 +2,28 @@
 
 The converter of llama-cpp-python was no help: it drops the bounds of numbers, lets raw control
 characters into strings, and meets what it does not know with an assertion. Here a keyword that
-a grammar can't keep to is refused by name, and so is a schema without instances. Of the
-instances some are left out: properties come in the order of the schema, properties that it does
-not name never come beside those it does, and numbers have at most 16 digits.
+a grammar can't keep to is refused by name, and so is a schema without instances, and a
+``oneOf`` whose options can't be told apart. Of the instances some are left out: properties come
+in the order of the schema, properties that it does not name never come beside those it does, and
+numbers have at most 16 digits.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from inferpool.engine.overlap import (
+    TYPES,
+    both_properties,
+    disjoint,
+    is_a,
+    telling_property,
+    text_of,
+)
 from inferpool.engine.ranges import integers, reals
 from inferpool.errors import InvalidRequest
 
@@ -33,16 +43,6 @@ _RULES = {
     "array": '"[" ws (value ("," ws value)* ws)? "]"',
     "value": "object | array | string | number | boolean | null",
 }
-_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-_PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
 _DATE = '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | "1" [0-9] | "2" [0-8])'
 _TIME = '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? "Z"'
 # Every other format is an annotation, as the specification has it. Days stop where every month has
@@ -53,11 +53,15 @@ _FORMATS = {
     "date-time": f'{_DATE} "T" {_TIME}',
     "uuid": ' "-" '.join(f"[0-9a-fA-F]{{{n}}}" for n in (8, 4, 4, 4, 12)),
 }
-_UNSUPPORTED = (
-    "not", "if", "then", "else", "pattern", "patternProperties", "propertyNames", "contains",
-    "uniqueItems", "multipleOf", "minProperties", "maxProperties", "dependentRequired",
-    "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef",
-)  # fmt: skip
+# What a grammar can't keep to, and the values that ask for nothing. `then` and `else` mean nothing
+# without `if`.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "not": (False,), "if": (), "pattern": ("",), "patternProperties": ({},),
+    "propertyNames": (True, {}), "contains": (), "uniqueItems": (False,), "multipleOf": (),
+    "minProperties": (0,), "maxProperties": (), "dependentRequired": ({},),
+    "dependentSchemas": ({},), "dependencies": ({},), "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}), "$dynamicRef": (), "$recursiveRef": (),
+}  # fmt: skip
 # Which type a schema means that names none.
 _TELLING = {
     "properties": "object", "required": "object", "additionalProperties": "object",
@@ -69,6 +73,11 @@ _TELLING = {
 _ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "$comment", "$defs", "definitions", "$schema"}
 )
+_PROPERTIES = ("properties", "additionalProperties")
+_ITEMS = ("items", "prefixItems", "additionalItems")
+# Schemas looked at, those that `allOf` takes in again and again included: more than the rules that
+# a grammar may have.
+_MAX_STEPS = 20_000
 
 
 def literal(text: str) -> str:
@@ -99,19 +108,20 @@ class GrammarBuilder:
             self._rules[self._names[body]] = body
         return self._names[body]
 
-    def schema(self, schema: Any, what: str) -> str:
+    def schema(self, schema: Any, what: str, root: Any = None) -> str:
         """Add the JSON texts that are instances of a schema; returns the name of their rule.
 
         Args:
             schema: a JSON schema, as a map or a boolean.
             what: the schema's name in messages.
+            root: the schema that it is a part of, to which its references refer; None: itself.
 
         Raises:
             InvalidRequest: the schema is none, asks for what a grammar can't keep to, or has no
                 instances; with the keyword and its place.
         """
         try:
-            return _Schema(self, schema, what).convert()
+            return _Schema(self, schema if root is None else root, what).convert(schema)
         except InvalidRequest:
             raise
         except RecursionError:
@@ -138,27 +148,34 @@ class GrammarBuilder:
 class _Schema:
     """One schema on its way into a grammar."""
 
-    def __init__(self, builder: GrammarBuilder, schema: Any, what: str) -> None:
+    def __init__(self, builder: GrammarBuilder, root: Any, what: str) -> None:
         self._builder = builder
-        self._root = schema
+        self._root = root
         self._what = what
-        self._references: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._n_steps = 0
 
-    def convert(self) -> str:
-        return self._builder.rule(self._visit(self._root, "#"))
+    def convert(self, schema: Any) -> str:
+        return self._builder.rule(self._visit(schema, "#"))
+
+    def _step(self, path: str) -> None:
+        self._n_steps += 1
+        if self._n_steps > _MAX_STEPS:
+            raise self._refuse(path, f"a schema of more than {_MAX_STEPS} parts is too large")
 
     def _refuse(self, path: str, problem: str) -> InvalidRequest:
         return InvalidRequest(f"{self._what} at {path}: {problem}")
 
     def _visit(self, schema: Any, path: str) -> str:
         """The body of a rule for the instances of ``schema``."""
+        self._step(path)
         if schema is True or (isinstance(schema, Mapping) and schema.keys() <= _ANNOTATIONS):
             return "value"
         if not isinstance(schema, Mapping):
             problem = "nothing can be an instance" if schema is False else "a schema is a map"
             raise self._refuse(path, problem)
-        for keyword in _UNSUPPORTED:
-            if schema.get(keyword):
+        for keyword, harmless in _UNSUPPORTED.items():
+            if keyword in schema and schema[keyword] not in harmless:
                 raise self._refuse(path, f"a grammar can't keep to {keyword!r}")
         for keyword in ("$ref", "allOf", "anyOf", "oneOf", "const", "enum"):
             if keyword in schema:
@@ -175,9 +192,9 @@ class _Schema:
         given = schema.get("type")
         if given is None:
             told = [kind for keyword, kind in _TELLING.items() if keyword in schema]
-            return told[:1] or _TYPES
+            return told[:1] or TYPES
         types = [given] if isinstance(given, str) else given
-        if not isinstance(types, list) or not types or not set(map(str, types)) <= set(_TYPES):
+        if not isinstance(types, list) or not types or not set(map(str, types)) <= set(TYPES):
             raise self._refuse(path, f"unknown type {given!r}")
         return types
 
@@ -189,25 +206,47 @@ class _Schema:
             merged = {key: value for key, value in schema.items() if key != "$ref"}
             return self._visit({"allOf": [{"$ref": schema["$ref"]}, merged]}, path)
         target = schema["$ref"]
-        if target not in self._references:
-            name = self._references[target] = self._builder.reserve()
-            self._builder.define(name, self._visit(self._resolve(target, path), str(target)))
-        return self._references[target]
+        if target not in self._names:
+            resolved = self._resolve(target, path)
+            name = self._names[target] = self._builder.reserve()
+            self._builder.define(name, self._visit(resolved, str(target)))
+        return self._names[target]
 
     def _allof(self, schema: Mapping[str, Any], path: str) -> str:
-        return self._visit(self._merged(schema, path), path)
+        # A rule of its own, as for a reference: it may take in what it is a part of.
+        key = json.dumps({k: v for k, v in schema.items() if k not in _ANNOTATIONS})
+        if key not in self._names:
+            name = self._names[key] = self._builder.reserve()
+            self._builder.define(name, self._visit(self._merged(schema, path), path))
+        return self._names[key]
 
     def _anyof(self, schema: Mapping[str, Any], path: str) -> str:
         return self._union(schema, "anyOf", path)
 
     def _oneof(self, schema: Mapping[str, Any], path: str) -> str:
-        return self._union(schema, "oneOf", path)
+        options = [self._target(option, path) for option in self._list(schema, "oneOf", path)]
+        tags: list[set[str]] = [set() for _ in options]
+        for (i, one), (j, other) in itertools.combinations(enumerate(options), 2):
+            self._step(path)
+            if not disjoint(one, other):
+                tag = telling_property(one, other)
+                if tag is None:
+                    raise self._refuse(path, f"an instance of oneOf may be both {i} and {j} of it")
+                tags[i].add(tag)
+                tags[j].add(tag)
+        # What tells options apart has to be there, even where the schema lets it be left out.
+        told = [
+            {"allOf": [option, {"required": missing}]} if missing else option
+            for option, resolved, names in zip(schema["oneOf"], options, tags, strict=True)
+            for missing in [sorted(names.difference(resolved.get("required", [])) if names else [])]
+        ]
+        return self._union({**schema, "oneOf": told}, "oneOf", path)
 
     def _const(self, schema: Mapping[str, Any], path: str) -> str:
-        return self._choice([schema["const"]], schema, path)
+        return self._choice(schema, path)
 
     def _enum(self, schema: Mapping[str, Any], path: str) -> str:
-        return self._choice(schema["enum"], schema, path)
+        return self._choice(schema, path)
 
     def _resolve(self, target: Any, path: str) -> Any:
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
@@ -220,6 +259,17 @@ class _Schema:
             except (KeyError, IndexError, ValueError, TypeError):
                 raise self._refuse(path, f"$ref {target!r} leads nowhere") from None
         return found
+
+    def _target(self, schema: Any, path: str) -> Any:
+        """What a schema that only refers to another refers to in the end; or itself."""
+        seen = set()
+        while isinstance(schema, Mapping) and schema.keys() - _ANNOTATIONS == {"$ref"}:
+            target = schema["$ref"]
+            schema = self._resolve(target, path)
+            if target in seen:
+                raise self._refuse(path, f"$ref {target!r} refers to itself")
+            seen.add(target)
+        return schema
 
     def _union(self, schema: Mapping[str, Any], keyword: str, path: str) -> str:
         others = {k: v for k, v in schema.items() if k != keyword and k not in _ANNOTATIONS}
@@ -238,34 +288,32 @@ class _Schema:
     def _merged(self, schema: Mapping[str, Any], path: str) -> dict[str, Any]:
         """The one schema that stands for all of ``allOf``."""
         merged = {k: v for k, v in schema.items() if k != "allOf"}
-        for part in self._list(schema, "allOf", path):
-            while isinstance(part, Mapping) and part.keys() - _ANNOTATIONS == {"$ref"}:
-                part = self._resolve(part["$ref"], path)  # noqa: PLW2901
+        for each in self._list(schema, "allOf", path):
+            self._step(path)
+            part = self._target(each, path)
             if part is True:
                 continue
             if not isinstance(part, Mapping):
                 raise self._refuse(path, "allOf holds what is no schema, or has no instances")
             if "allOf" in part:
-                part = self._merged(part, path)  # noqa: PLW2901
+                part = self._merged(part, path)
+            # What one part says of properties or items depends on which of them it names.
+            properties = both_properties(merged, part)
+            items = [{k: v for k, v in each.items() if k in _ITEMS} for each in (merged, part)]
+            if all(items) and text_of(items[0]) != text_of(items[1]):
+                raise self._refuse(path, "'items' in several parts of allOf is not supported")
             for key, value in part.items():
-                if key in merged and key not in _ANNOTATIONS:
+                if key in merged and key not in _ANNOTATIONS and key not in _PROPERTIES:
                     merged[key] = self._both(key, merged[key], value, path)
                 else:
                     merged[key] = value
+            merged.update(properties)
         return merged
 
     def _both(self, key: str, one: Any, other: Any, path: str) -> Any:
         """What a keyword must be for two schemas to hold together."""
-        if one == other:
+        if text_of(one) == text_of(other):
             return one
-        if key == "properties":
-            return {
-                **one,
-                **{
-                    name: {"allOf": [one[name], schema]} if name in one else schema
-                    for name, schema in other.items()
-                },
-            }
         if key == "required":
             return [*one, *other]
         if key in {"minimum", "exclusiveMinimum", "minLength", "minItems"}:
@@ -274,21 +322,28 @@ class _Schema:
             return min(one, other)
         if key in {"type", "enum"}:
             ones, others = ([x] if isinstance(x, str) else x for x in (one, other))
-            both = [item for item in ones if item in others]
+            allowed = set(map(text_of, others))
+            both = [item for item in ones if text_of(item) in allowed]
             if not both:
                 raise self._refuse(path, f"no {key} is in both {one} and {other}")
             return both
         raise self._refuse(path, f"{key!r} in several parts of allOf is not supported")
 
-    def _choice(self, values: Any, schema: Mapping[str, Any], path: str) -> str:
-        if not isinstance(values, list) or not values:
-            raise self._refuse(path, "enum must be a list with something in it")
+    def _choice(self, schema: Mapping[str, Any], path: str) -> str:
+        for keyword in _TELLING:
+            if keyword in schema and keyword != "format":
+                raise self._refuse(path, f"{keyword!r} beside enum or const is not supported")
+        values = self._list(schema, "enum", path) if "enum" in schema else [schema["const"]]
+        if "const" in schema:
+            values = [value for value in values if text_of(value) == text_of(schema["const"])]
+            if not values:
+                raise self._refuse(path, "const is not in enum")
         if "type" in schema:
             types = self._types(schema, path)
-            values = [value for value in values if any(_is(value, name) for name in types)]
+            values = [value for value in values if any(is_a(value, name) for name in types)]
             if not values:
                 raise self._refuse(path, f"no value has the type {schema['type']!r}")
-        return " | ".join(literal(json.dumps(value, ensure_ascii=False)) for value in values)
+        return " | ".join(literal(text_of(value)) for value in values)
 
     # One method per type, named after it.
 
@@ -299,11 +354,16 @@ class _Schema:
         if not isinstance(properties, Mapping) or not isinstance(required, list):
             raise self._refuse(path, "properties must be a map and required a list")
         undeclared = [name for name in required if name not in properties]
-        if undeclared and additional is False:
-            raise self._refuse(path, f"{undeclared[0]!r} is required and not allowed")
         everything = {**properties, **dict.fromkeys(undeclared, additional)}
+        for name, each in everything.items():
+            if not isinstance(name, str):
+                raise self._refuse(path, f"a property's name is a string, not {name!r}")
+            if each is False and name in required:
+                raise self._refuse(path, f"{name!r} is required and not allowed")
+        everything = {name: each for name, each in everything.items() if each is not False}
         if not everything:
-            if additional is False:
+            # Beside properties that are forbidden by name there are only others.
+            if additional is False or properties:
                 return '"{" ws "}"'
             value = self._builder.rule(self._visit(additional, f"{path}/additionalProperties"))
             pair = self._builder.rule(f'string ":" ws {value}')
@@ -344,7 +404,8 @@ class _Schema:
             ]
             extra = least - len(fixed)
             if extra:
-                fixed += [self._builder.rule(self._visit(items, f"{path}/items"))] * extra
+                item = self._builder.rule(self._visit(items, f"{path}/items"))
+                fixed[-1] += f' ("," ws {item}){{{extra}}}'
             return '"[" ws ' + ' "," ws '.join(fixed) + ' ws "]"'
         if items is False or most == 0:
             if least:
@@ -368,7 +429,7 @@ class _Schema:
     def _bounds(self, schema: Mapping[str, Any], of: str, path: str) -> tuple[int, int | None]:
         least, most = schema.get(f"min{of}", 0), schema.get(f"max{of}")
         for value in (least, most):
-            if value is not None and (not _is(value, "integer") or value < 0):
+            if value is not None and (not is_a(value, "integer") or value < 0):
                 raise self._refuse(path, f"min{of} and max{of} must be whole numbers")
         if most is not None and least > most:
             raise self._refuse(path, f"min{of} {least} is above max{of} {most}")
@@ -385,10 +446,13 @@ class _Schema:
                 bound = schema.get(name)
                 if bound is None or bound is False:
                     continue
-                if not _is(bound, "number") or not math.isfinite(bound):
+                if not is_a(bound, "number") or not math.isfinite(bound):
                     raise self._refuse(path, f"{name} must be a number, not {bound!r}")
-                low, high = (bound, high) if place == 0 else (low, bound)
-                strict[place] = name != keyword
+                tighter = bound > low if place == 0 else bound < high
+                # Where both bounds are the same, the exclusive one, which comes second, holds.
+                if tighter or bound == (low, high)[place]:
+                    low, high = (bound, high) if place == 0 else (low, bound)
+                    strict[place] = name != keyword
         if (low, high) == (-math.inf, math.inf):
             return "integer" if whole else "number"
         body = integers(low, high, *strict) if whole else reals(low, high, *strict)
@@ -401,9 +465,3 @@ class _Schema:
 
     def _null(self, _schema: Mapping[str, Any], _path: str) -> str:
         return "null"
-
-
-def _is(value: Any, name: str) -> bool:
-    if name != "boolean" and isinstance(value, bool):
-        return False
-    return isinstance(value, _PYTHON_TYPES[name])
