@@ -103,6 +103,11 @@ def test_a_value_that_makes_no_sense_is_named(tmp_path: Path, name: str, value: 
         Gguf(path)
 
 
+def test_a_pooling_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no pooling of type 77"):
+        Gguf(write(tmp_path / "odd.gguf", block_count=1, pooling_type=77))
+
+
 def test_a_file_that_ends_anywhere_is_a_load_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     whole = write(tmp_path / "whole.gguf", block_count=3, attention__head_count=[1, 2, 3])

@@ -381,6 +381,7 @@ def test_contradictory_formats_are_refused(options: dict[str, Any]) -> None:
         ({"mirostat_eta": math.inf}, "mirostat_eta"),
         ({"logit_bias": {"bee": 1.0}}, "logit_bias"),
         ({"logit_bias": {5: math.nan}}, "logit_bias"),
+        ({"logit_bias": {5: 1e300}}, "logit_bias"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "logprobs=True"),
     ],

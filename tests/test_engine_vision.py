@@ -122,6 +122,10 @@ def test_modes_become_rgb() -> None:
     )
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     np.testing.assert_array_equal(decode_image(encoded(clear, "PNG"), "image"), 255)
+    deep = Image.fromarray(np.array([[40_000, 1_000]], np.uint16))
+    np.testing.assert_array_equal(
+        decode_image(encoded(deep, "PNG"), "image"), [[[156] * 3, [3] * 3]]
+    )
 
 
 def test_a_turned_photo_is_put_upright() -> None:

@@ -22,6 +22,8 @@ from inferpool import (
     Pool,
     VisionConfig,
 )
+from inferpool.engine.images import decode_image
+from inferpool.host.roles.vision import _image
 
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
 ARRAY = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
@@ -64,6 +66,19 @@ def test_an_image_in_any_form(pool: Pool, tmp_path: Path) -> None:
     assert answers[0].finish_reason == "length"
     several = pool.vision([IMAGE, ARRAY, PNG], "What are they?", **GREEDY)
     assert several.usage.prompt_tokens > answers[0].usage.prompt_tokens + 30
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "F"])
+def test_a_pil_image_is_what_its_file_is(mode: str) -> None:
+    image = IMAGE.convert(mode)
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    shown = decode_image(_image(image), "image")
+    assert shown.shape == (IMAGE.width, IMAGE.height, 3)
+    if mode in {"RGBA", "P", "L"}:
+        file = io.BytesIO()
+        image.save(file, "PNG", exif=exif)
+        np.testing.assert_array_equal(shown, decode_image(file.getvalue(), "image"))
 
 
 def test_a_streamed_answer_is_the_whole_answer(pool: Pool) -> None:

@@ -125,8 +125,10 @@ def _check_logit_bias(logit_bias: dict[int | str, float]) -> None:
         if not (isinstance(token, int) or token.isdecimal()):
             raise ValueError(f"logit_bias: {token!r} is no token id")
         # Minus infinity bans a token.
-        if not bias < math.inf:
-            raise ValueError(f"logit_bias of token {token} must be a number, not {bias}")
+        if not (-1e6 <= bias <= 1e6 or bias == -math.inf):
+            raise ValueError(
+                f"logit_bias of token {token} must be between -1e6 and 1e6, not {bias}"
+            )
 
 
 _SAMPLING_RANGES: dict[str, tuple[float, float]] = {

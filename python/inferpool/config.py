@@ -225,8 +225,9 @@ class VisionConfig(_LlamaConfig):
     """A known name (``"smollm2"``) or a path to a GGUF file."""
     mmproj: str
     """Path of the projector's GGUF file, which must have been made for the model."""
-    n_ctx: int = 0
-    """Context length in tokens, images included; 0 takes the length the model was trained with."""
+    n_ctx: int | None = None
+    """Context length in tokens, images included; 0 takes the length the model was trained with,
+    None does so up to 4096."""
     n_batch: int = 512
     """Tokens of a prompt decoded together at most."""
     chat_template: str | None = None
@@ -234,7 +235,8 @@ class VisionConfig(_LlamaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
+        if self.n_ctx is not None:
+            _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
         _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
 
 

@@ -95,8 +95,8 @@ _REQUIRED = {
     "llama_vocab_get_text": 2,
     "llama_vocab_is_eog": 2,
     "llama_vocab_n_tokens": 1,
-    "llama_vocab_sep": 1,
     "llama_vocab_type": 1,
+    "llama_vocab_sep": 1,
 }
 
 # enum ggml_log_level of ggml.h. Text without a level (0) is what the library would print.

@@ -11,6 +11,7 @@ from typing import Any
 
 from inferpool.engine.formats import ToolFormat
 from inferpool.engine.schema import GrammarBuilder, literal
+from inferpool.errors import InvalidRequest
 from inferpool.messages import FunctionDelta, Tool, ToolCallDelta
 
 __all__ = ["CallReader", "forced_call"]
@@ -299,11 +300,14 @@ def forced_call(form: ToolFormat, tools: Sequence[Tool]) -> str:
 
 def _tagged(form: ToolFormat, builder: GrammarBuilder, schema: Mapping[str, Any], what: str) -> str:
     """Arguments one by one, strings among them as plain text."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        raise InvalidRequest(f"{what} are no JSON schema: properties or required is malformed")
     parts = []
-    for name, each in schema.get("properties", {}).items():
+    for name, each in properties.items():
         is_text = isinstance(each, Mapping) and each.get("type") == "string" and "enum" not in each
-        value = "[^<]*" if is_text else builder.schema(each, f"{what}: {name!r}")
+        value = "[^<]*" if is_text else builder.schema(each, f"{what}: {name!r}", schema)
         opening, closing = literal(f"{form.key}{name}{form.key_end}"), literal(form.value_end)
         part = builder.rule(f"{opening} {value} {closing}")
-        parts.append(part if name in schema.get("required", []) else f"{part}?")
+        parts.append(part if name in required else f"{part}?")
     return builder.rule(" ".join(parts) or '""')

@@ -6,24 +6,14 @@ from contextlib import ExitStack, closing
 
 from inferpool.config import MAX_CONTEXT_LENGTH
 from inferpool.engine.abort import AbortToken
-from inferpool.engine.context import Context
+from inferpool.engine.context import Context, context_length
 from inferpool.engine.model import Model
 from inferpool.engine.prompt import PromptBuilder
 from inferpool.engine.scheduler import Caller, Scheduler
 from inferpool.errors import ModelLoadError
 from inferpool.messages import ChatRequest
 
-__all__ = ["ChatEngine", "context_length"]
-
-DEFAULT_CONTEXT_LENGTH = 4096
-"""Some models were trained with so much that the memory for it would not fit."""
-
-
-def context_length(asked: int | None, trained: int) -> int:
-    """Tokens of one conversation; see ``n_ctx`` of `ChatEngine`."""
-    if asked is None:
-        return min(trained, DEFAULT_CONTEXT_LENGTH)
-    return asked or trained
+__all__ = ["ChatEngine"]
 
 
 class ChatEngine:
@@ -52,7 +42,7 @@ class ChatEngine:
         Args:
             model: a generative model.
             n_ctx: context length in tokens; 0 takes the length the model was trained with, None
-                does so up to `DEFAULT_CONTEXT_LENGTH`.
+                does so up to `context.DEFAULT_CONTEXT_LENGTH`.
             n_batch: tokens of prompts decoded together at most.
             n_parallel: conversations under way at once.
             n_threads: None takes the CPUs this process may run on.

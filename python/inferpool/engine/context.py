@@ -15,10 +15,21 @@ from inferpool.engine.backend import lib, native_errors
 from inferpool.engine.model import Model
 from inferpool.errors import CallCancelled, ModelError, ModelLoadError
 
-__all__ = ["Batch", "Context"]
+__all__ = ["Batch", "Context", "context_length"]
 
 _DECODE_ABORTED = 2
 _DECODE_NO_SLOT = 1
+
+
+DEFAULT_CONTEXT_LENGTH = 4096
+"""Some models were trained with so much that the memory for it would not fit."""
+
+
+def context_length(asked: int | None, trained: int) -> int:
+    """Tokens of one conversation; 0 is the trained length, None that up to 4096."""
+    if asked is None:
+        return min(trained, DEFAULT_CONTEXT_LENGTH)
+    return asked or trained
 
 
 class Batch:

@@ -37,6 +37,8 @@ _LIMITS = {
     "embedding_length": 1 << 20,
     "block_count": 512,
 }
+# LLAMA_POOLING_TYPE_*: llama.cpp aborts on any other.
+_POOLING_TYPES = range(5)
 
 
 class Gguf:
@@ -69,6 +71,9 @@ class Gguf:
             if not isinstance(value, int) or not 0 < value <= most:
                 key = name.replace("_", " ")
                 raise ModelLoadError(f"{path}: a {key} of {value} makes no sense (1 to {most})")
+        pooling = self.get("pooling_type", 0)
+        if pooling not in _POOLING_TYPES:
+            raise ModelLoadError(f"{path}: there is no pooling of type {pooling}")
         self.n_ctx_train: int = self.get("context_length", 1)
         self.n_vocab = _count(self.metadata.get("tokenizer.ggml.tokens"))
 

@@ -82,6 +82,8 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _to_rgb(opened: Image.Image) -> Pixels:
     upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.has_transparency_data:
         layers = upright.convert("RGBA")
         white = Image.new("RGBA", layers.size, "white")
@@ -177,5 +179,7 @@ def _render(
             if abort is not None and abort.is_set():
                 raise CallCancelled("the call was cancelled")
             status = raw.FPDF_RenderPage_Continue(page, pause)
+        if status != raw.FPDF_RENDER_DONE:
+            raise InvalidRequest("a page of the PDF can't be drawn")
     finally:
         raw.FPDF_RenderPage_Close(page)

@@ -57,6 +57,9 @@ class Model:
         self.n_embd: int = lib.llama_model_n_embd_out(self._handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self._add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
+        if lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+            self.close()
+            raise ModelLoadError(f"{path} has no vocabulary, so it reads no text")
         # It comes from the file, and would become the size of an allocation.
         if not 0 < self.n_ctx_train <= MAX_CONTEXT_LENGTH:
             self.close()

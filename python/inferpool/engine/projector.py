@@ -97,7 +97,7 @@ class Projector:
         self._path = path
         self._abort: AbortToken | None = None
         self._n_nodes = 0
-        # The library keeps the addresses of both.
+        # The library keeps its address.
         self._look = lib.ggml_backend_sched_eval_callback(self._on_node)
         keep_going = mtmd.mtmd_progress_callback(lambda *_: not (abort and abort.is_set()))
         params = mtmd.mtmd_context_params_default()

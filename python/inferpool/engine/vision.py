@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.answer import AnswerParser
-from inferpool.engine.context import Batch, Context
+from inferpool.engine.context import Batch, Context, context_length
 from inferpool.engine.images import Pixels
 from inferpool.engine.model import Model
 from inferpool.engine.projector import Chunks, Projector
@@ -39,7 +39,7 @@ class VisionEngine:
         model: Model,
         projector: Projector,
         *,
-        n_ctx: int = 0,
+        n_ctx: int | None = None,
         n_batch: int = 512,
         n_threads: int | None = None,
         flash_attn: bool = True,
@@ -50,7 +50,7 @@ class VisionEngine:
         Args:
             model: a generative model.
             projector: its vision encoder.
-            n_ctx: context length in tokens; 0 takes the length the model was trained with.
+            n_ctx: context length in tokens, see `context_length`.
             n_batch: tokens of a prompt decoded together at most.
             n_threads: None takes the CPUs this process may run on.
             flash_attn: whether to use flash attention.
@@ -68,7 +68,7 @@ class VisionEngine:
         self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
         self._model = model
         self._projector = projector
-        self.n_ctx = n_ctx or model.n_ctx_train
+        self.n_ctx = context_length(n_ctx, model.n_ctx_train)
         self._context = Context(
             model,
             n_ctx=self.n_ctx,

@@ -10,12 +10,12 @@ from inferpool.config import VisionConfig
 from inferpool.engine.abort import AbortToken, Deadline
 from inferpool.engine.answer import collect
 from inferpool.engine.images import Document, decode_image
-from inferpool.engine.model import Model
 from inferpool.engine.projector import Projector
 from inferpool.engine.vision import VisionEngine
 from inferpool.errors import CallCancelled
 from inferpool.messages import ChatDelta, PdfPage, PdfRequest, VisionRequest, read
 from inferpool.models import resolve
+from inferpool.roles.load import load_model
 from inferpool.worker import KindHandler, Reply, RoleConfig, WorkerLoopState
 
 __all__ = ["HANDLERS", "VisionSession", "make_session"]
@@ -30,7 +30,7 @@ class VisionSession:
 
     def __init__(self, config: VisionConfig, abort: AbortToken | None) -> None:
         with ExitStack() as resources:
-            model = Model(resolve(config.model), n_gpu_layers=config.n_gpu_layers, abort=abort)
+            model = load_model(config, abort)
             resources.enter_context(closing(model))
             projector = Projector(
                 model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,7 @@ class PdfOptions(Sampling, total=False):
     """Default 144: pixels per inch of the rasterised page."""
 
 
+_PNG_MODES = frozenset({"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"})
 _PDF_OPTIONS = frozenset(PdfOptions.__annotations__) - frozenset(Sampling.__annotations__)
 
 
@@ -215,7 +217,11 @@ def _image(image: Any) -> bytes | np.ndarray:
         return Path(image).read_bytes()
     pillow = sys.modules.get("PIL.Image")  # whoever has an image of it has imported it
     if pillow is not None and isinstance(image, pillow.Image):
-        return np.asarray(image.convert("RGB"))
+        # In its own colours and the way it was taken, as a file; the worker makes pixels of it.
+        file = io.BytesIO()
+        known = image if image.mode in _PNG_MODES else image.convert("RGB")
+        known.save(file, "PNG", exif=image.getexif())
+        return file.getvalue()
     raise TypeError(
         "an image must be bytes, a path, a PIL image or an array, not " + type(image).__name__
     )
