@@ -29,11 +29,11 @@ def run(*, quick: bool) -> list[Row]:
     """All comparisons of chat."""
     rows: list[Row] = []
     with _contenders() as (pool, server, llama):
-        rounds = 1 if quick else 5
+        rounds = 1 if quick else 3
         for n in STREAMS:
             rows += _streams(pool, server, llama if n == 1 else None, n, rounds)
         rows += _first_token(pool, server, rounds)
-        rows += _cancel(pool, 5 if quick else 100)
+        rows += _cancel(pool, 5 if quick else 50)
         rows += _agreement(pool, llama, 3 if quick else 20)
     return rows
 
