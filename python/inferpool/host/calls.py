@@ -66,15 +66,16 @@ class Deadline:
     __slots__ = ("_at", "_timeout")
 
     def __init__(self, timeout: float | None) -> None:
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must not be negative: {timeout}")
-        self._timeout = timeout
-        self._at = None if timeout is None else time.monotonic() + timeout
+        self._timeout: float | None = None
+        self._at: float | None = None
+        self.set_default(timeout)
 
     def set_default(self, timeout: float | None) -> None:
         """Use this timeout if there is none."""
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout must not be negative: {timeout}")
         if self._at is None and timeout is not None:
-            self.__init__(timeout)  # type: ignore[misc]
+            self._timeout, self._at = timeout, time.monotonic() + timeout
 
     def left(self, bound: float | None = None) -> float | None:
         """Seconds left, or `bound` if that is less; None for no end."""
