@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from tiny_models import write_projector, write_qwen3
 
-from inferpool import EmbedConfig, InferpoolError, ModelLoadError, Pool, RerankConfig, RerankResult
+from inferpool import (
+    EmbedConfig,
+    InferpoolError,
+    InvalidRequest,
+    ModelLoadError,
+    Pool,
+    RerankConfig,
+    RerankResult,
+)
 
 TINY_RERANKER = Path(__file__).parent / "data" / "tiny-reranker.gguf"
 MEGABYTE = 1 << 20
@@ -117,7 +125,7 @@ def test_a_truncated_model_is_a_load_error(tmp_path: Path, size: int) -> None:
 def test_a_model_for_something_else(tmp_path: Path, role: str, kind: str) -> None:
     path = tmp_path / "other.gguf"
     if kind == "chat":
-        write_qwen3(path, "chat")  # it has no chat template, so it can't chat either
+        write_qwen3(path, "chat")  # it has no chat template, so it completes texts only
     else:
         write_projector(path, width=64)
     roles: Any = {role: path}
@@ -126,5 +134,6 @@ def test_a_model_for_something_else(tmp_path: Path, role: str, kind: str) -> Non
         "rerank": lambda pool: pool.rerank("bees", ["honey"]),
         "chat": lambda pool: pool.chat("bees"),
     }
-    with Pool(**roles) as pool, pytest.raises(ModelLoadError, match=r"other\.gguf"):
+    error = InvalidRequest if role == kind else ModelLoadError
+    with Pool(**roles) as pool, pytest.raises(error, match=r"other\.gguf"):
         calls[role](pool)

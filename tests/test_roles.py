@@ -159,7 +159,7 @@ def test_conversations_and_options(models: Pool) -> None:
     [
         ([], {}, ValueError, "messages"),
         ([{"role": "nobody", "content": "x"}], {}, ValueError, "role"),
-        ([{"role": "user"}], {}, TypeError, "content"),
+        ([{"role": "user"}], {}, ValueError, "content"),
         ("x", {"temprature": 1}, TypeError, "temprature"),
         ("x", {"temperature": "hot"}, TypeError, "temperature"),
         ("x", {"temperature": -1}, ValueError, "temperature"),

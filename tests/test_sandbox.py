@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,3 +259,12 @@ def test_a_worker_with_threads_starts_afresh_with_what_it_located(
     again = msgspec.json.decode(entered.seen["command"][-1], type=WorkerArguments).sandbox
     assert again.locate is None
     assert again.readable == [path]
+
+
+def test_threads_are_noticed() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    assert sandbox._has_threads()
+    done.set()
+    thread.join()
