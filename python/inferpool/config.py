@@ -328,7 +328,7 @@ def worker_environment(added: Mapping[str, str]) -> dict[str, str]:
     environment = {**inherited, **added}
     # How long idle OpenMP threads spin before they sleep: long enough to bridge the gap
     # between graph nodes, short enough that an idle worker uses no CPU. The default of
-    # libgomp and the passive policy are both slower (see ARCHITECTURE.md, "Measured").
+    # libgomp and the passive policy are both slower (ARCHITECTURE.md).
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     return environment
 

@@ -69,8 +69,7 @@ class ChatEngine:
                 # A step decodes a token of each conversation.
                 n_batch=max(min(n_batch, self.n_ctx), n_parallel),
                 n_seq_max=n_parallel,
-                # Each conversation has its own length to itself, and from four of them on this is
-                # faster too (ARCHITECTURE.md).
+                # Each conversation has its own length to itself, and attention keeps to it.
                 kv_unified=False,
                 n_threads=n_threads,
                 flash_attn=flash_attn,
