@@ -54,12 +54,16 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is no zombie.
+
+    Its first thread may be one while others still end; only then does the kernel tell.
+    """
     try:
+        threads = os.listdir(f"/proc/{pid}/task")
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    return len(threads) > 1 or stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def descriptors() -> int:
