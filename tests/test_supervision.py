@@ -209,8 +209,11 @@ def test_a_host_that_was_stopped_finds_nobody_stuck() -> None:
 def test_a_worker_that_keeps_a_cancelled_call_is_killed(asynchronous: bool) -> None:
     with Pool(echo=echo_role(), policy=Policy(cancel_grace=0.3)) as pool:
         pid = pool.call("echo", "facts")["pid"]
-        with pytest.raises(CallTimeout) as caught:
-            pool.call("echo", "sleep", 60, timeout=0.1)
+        stream = pool.stream("echo", "sleep", 60)
+        assert eventually(lambda: pool.status()["echo"].queue == 0)
+        stream.cancel()
+        with pytest.raises(CallCancelled) as caught:
+            next(stream)
         assert caught.value.rung == "abort"
         if asynchronous:
             assert asyncio.run(pool.as_async().call("echo", "echo", 1, timeout=30)) == 1
@@ -237,8 +240,11 @@ def test_a_worker_is_killed_without_a_next_call() -> None:
 
 def test_a_worker_that_lets_go_in_time_lives(pool: Pool) -> None:
     pid = pool.call("echo", "facts")["pid"]
-    with pytest.raises(CallTimeout) as caught:
-        pool.call("echo", "wait_for_abort", timeout=0.05)
+    stream = pool.stream("echo", "wait_for_abort")
+    next(stream)
+    stream.cancel()
+    with pytest.raises(CallCancelled) as caught:
+        next(stream)
     assert pool.call("echo", "facts")["pid"] == pid
     assert caught.value.rung == "abort"
 
