@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
     from inferpool.engine.model import Model
 
-settings.register_profile("thorough", max_examples=200)
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("house", parent=settings(), deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=200)
+settings.load_profile("house")
 
 TIRELESS = Policy(max_crashes=1 << 16, backoff=0.0)
 """Restarts a role however often it crashes."""

@@ -118,7 +118,7 @@ def test_a_file_that_ends_anywhere_is_a_load_error(tmp_path: Path) -> None:
             Gguf(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(at=st.integers(0, len(HEAD) - 8), data=st.binary(min_size=1, max_size=8))
 def test_a_damaged_file_is_read_or_is_a_load_error(
     tmp_path_factory: pytest.TempPathFactory, at: int, data: bytes

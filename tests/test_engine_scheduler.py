@@ -383,7 +383,7 @@ def test_more_conversations_than_llama_cpp_can_count(model: Model) -> None:
         ChatEngine(model, n_ctx=1 << 24, n_parallel=256)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(
         st.one_of(
