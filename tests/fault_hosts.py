@@ -22,6 +22,7 @@ from fault_rows import PHASES, POLICY, Trial, in_thread
 from faults import FailingCall
 
 from inferpool import CallCancelled, Policy, Pool, PoolClosed, Role, WorkerCrashed, WorkerStartError
+from inferpool.testing import signal_worker
 
 TESTS = str(Path(__file__).parent)
 HOST_DEATH = 2.0
@@ -322,8 +323,7 @@ def ctrl_c(blocking: str) -> float:
         }
         pid = made.status()["bad"].pid
         if blocking in {"ping", "close", "a large request"}:
-            assert pid is not None
-            os.kill(pid, signal.SIGSTOP)
+            signal_worker(made, "bad", "SIGSTOP")
         sent: list[float] = []
 
         def interrupt() -> None:
@@ -337,6 +337,7 @@ def ctrl_c(blocking: str) -> float:
         except KeyboardInterrupt:
             took = time.monotonic() - sent[0]
         else:
+            timer.cancel()
             raise AssertionError("it was not interrupted")
         timer.join()
         if blocking in {"ping", "a large request"}:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -51,6 +52,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def signal_worker(pool: Pool | AsyncPool, role: str, name: str) -> int:
     """Send a signal, such as ``"SIGSTOP"``, to a role's worker, and return its process id.
 
+    A worker that is to be stopped has stopped when this returns.
+
     Raises:
         ValueError: there is no such signal, or the role has no worker now.
     """
@@ -59,7 +62,19 @@ def signal_worker(pool: Pool | AsyncPool, role: str, name: str) -> int:
     if pid is None:
         raise ValueError(f"role {role!r} has no worker")
     os.kill(pid, number)
+    # The kernel lets running threads go on for a moment, in which one could still answer.
+    while number == signal.SIGSTOP and not _has_stopped(pid):
+        time.sleep(0.001)
     return pid
+
+
+def _has_stopped(pid: int) -> bool:
+    """Whether no thread of a process runs, see ``proc_pid_stat(5)``."""
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # a thread ended meanwhile; the next look finds the others
+    return all(stat.rpartition(")")[2].split()[0] in "TtZX" for stat in stats)
 
 
 def _signal(name: str) -> signal.Signals:
