@@ -173,7 +173,7 @@ impl<M: Memory> Producer<M> {
 
     /// Takes the announcement back.
     pub fn disarm(&self) {
-        self.memory.producer_armed().store(0, Ordering::Relaxed);
+        lower(self.memory.producer_armed());
     }
 
     fn has_space(&mut self, needed: usize) -> Result<bool, Violation> {
@@ -284,7 +284,7 @@ impl<M: Memory> Consumer<M> {
 
     /// Takes the announcement back.
     pub fn disarm(&self) {
-        self.memory.consumer_armed().store(0, Ordering::Relaxed);
+        lower(self.memory.consumer_armed());
     }
 
     fn refresh(&mut self) -> Result<bool, Violation> {
@@ -322,7 +322,15 @@ pub fn asleep_before(memory: &impl Memory) -> Option<u64> {
     (unread && memory.consumer_armed().load(Ordering::Relaxed) == 1).then_some(head)
 }
 
-/// Takes down an armed flag; `true` means that it was up. The load keeps the common case, nobody
+/// Takes down one's own armed flag. The other side looks at it after each record, so a store to a
+/// flag that is down already would cost it a cache miss.
+fn lower(flag: &AtomicU32) {
+    if flag.load(Ordering::Relaxed) != 0 {
+        flag.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Takes down the other side's armed flag; `true` means that it was up. The load keeps the common case, nobody
 /// sleeping, free of a locked instruction. An exchange that fails writes nothing, so a flag that
 /// its owner took down and put up again is never overwritten by what was seen before.
 fn take_flag(flag: &AtomicU32) -> bool {

@@ -186,7 +186,12 @@ impl Host {
         if outgoing.opened.is_none() {
             outgoing.opened = calls.open()?;
             if let Some((call, slot)) = outgoing.opened {
-                self.segment.slot(slot).consumed.store(0, Ordering::Relaxed);
+                let consumed = self.segment.slot(slot).consumed;
+                // The worker looks at the slot before it serves, and mostly it is still in its
+                // cache: few answers are so long that anything was published.
+                if consumed.load(Ordering::Relaxed) != 0 {
+                    consumed.store(0, Ordering::Relaxed);
+                }
                 calls.set_waiter(call, waiter);
             }
         }
