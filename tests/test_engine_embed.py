@@ -21,7 +21,6 @@ from tiny_models import write_qwen3
 
 from inferpool.engine import backend
 from inferpool.engine.context import Batch
-from inferpool.engine.embedder import Embedder
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
 from inferpool.engine.prefixes import prefixes_of
@@ -32,9 +31,9 @@ from inferpool.errors import (
     ModelLoadError,
     ModelNotFound,
 )
-from inferpool.messages import EmbedRequest
 from inferpool.models import resolve
 from inferpool.roles import embed as role
+from inferpool.roles.packed import PackedSession
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "minilm.json").read_text())["items"]
 TEXTS = [item["text"] for item in GOLDEN]
@@ -49,80 +48,79 @@ def minilm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def session(minilm_path: Path) -> Iterator[role.EmbedSession]:
+def session(minilm_path: Path) -> Iterator[PackedSession]:
     options = {"model": str(minilm_path), "n_threads": 1}
     made = role.make_session(SimpleNamespace(options=options), CountdownAbort())
     yield made
     made.close()
 
 
-@pytest.fixture(scope="session")
-def embedder(session: role.EmbedSession) -> Embedder:
-    return session.embedder
-
-
-def embed(
-    embedder: Embedder, texts: list[str], *, abort: CountdownAbort | None = None, **options: Any
-) -> Any:
-    return embedder.embed(EmbedRequest(texts=texts, **options), abort=abort)
+def embed(session: PackedSession, texts: list[str], **options: Any) -> Any:
+    """The vectors of a call that has the session to itself."""
+    reply = call(session, texts, **options)
+    serve(session)
+    if isinstance(reply.outcome, Exception):
+        raise reply.outcome
+    [(_, vectors)] = reply.sent
+    return vectors
 
 
 # Vectors
 
 
-def test_vectors_agree_with_the_reference(embedder: Embedder) -> None:
-    vectors = embed(embedder, TEXTS)
+def test_vectors_agree_with_the_reference(session: PackedSession) -> None:
+    vectors = embed(session, TEXTS)
     assert vectors.dtype == np.float32
     assert vectors.shape == (len(TEXTS), 384)
     for item, vector in zip(GOLDEN, vectors, strict=True):
         assert float(np.dot(vector, item["vector"])) >= 0.9999, item["text"]
 
 
-def test_vectors_do_not_depend_on_the_batch(embedder: Embedder) -> None:
-    together = embed(embedder, TEXTS)
-    alone = np.concatenate([embed(embedder, [text]) for text in TEXTS])
+def test_vectors_do_not_depend_on_the_batch(session: PackedSession) -> None:
+    together = embed(session, TEXTS)
+    alone = np.concatenate([embed(session, [text]) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=ROUNDING)
 
 
-def test_no_texts_give_an_array_without_rows(embedder: Embedder) -> None:
-    vectors = embed(embedder, [])
+def test_no_texts_give_an_array_without_rows(session: PackedSession) -> None:
+    vectors = embed(session, [])
     assert vectors.shape == (0, 384)
     assert vectors.dtype == np.float32
 
 
-def test_normalize_scales_to_length_one(embedder: Embedder) -> None:
-    raw = embed(embedder, TEXTS[:3], normalize=False)
-    unit = embed(embedder, TEXTS[:3])
+def test_normalize_scales_to_length_one(session: PackedSession) -> None:
+    raw = embed(session, TEXTS[:3], normalize=False)
+    unit = embed(session, TEXTS[:3])
     norms = np.linalg.norm(raw, axis=1, keepdims=True)
     assert not np.allclose(norms, 1)
     np.testing.assert_allclose(unit, raw / norms, rtol=1e-5)
 
 
-def test_more_texts_than_sequences_keep_their_order(minilm_path: Path, embedder: Embedder) -> None:
-    model = Model(minilm_path)
-    small = Embedder(model, n_batch=512, n_seq_max=3, n_threads=1)
-    np.testing.assert_allclose(embed(small, TEXTS), embed(embedder, TEXTS), atol=ROUNDING)
+def test_more_texts_than_sequences_keep_their_order(
+    minilm_path: Path, session: PackedSession
+) -> None:
+    small = make_session(str(minilm_path), n_batch=512, n_seq_max=3, n_threads=1)
+    np.testing.assert_allclose(embed(small, TEXTS), embed(session, TEXTS), atol=ROUNDING)
     small.close()
-    model.close()
 
 
 # Over-long texts
 
 
-def test_over_long_text_is_an_error_with_the_numbers(embedder: Embedder) -> None:
+def test_over_long_text_is_an_error_with_the_numbers(session: PackedSession) -> None:
     with pytest.raises(ContextLengthExceeded, match=r"texts\[1\] has 602 tokens") as caught:
-        embed(embedder, ["short", "bee " * 600])
+        embed(session, ["short", "bee " * 600])
     assert caught.value.details == {"index": 1, "asked": 602, "context": 512}
 
 
-def test_truncate_keeps_the_closing_token(embedder: Embedder) -> None:
+def test_truncate_keeps_the_closing_token(session: PackedSession) -> None:
     # [CLS] + 510 words + [SEP] is exactly the context.
-    cut, whole = embed(embedder, ["bee " * 600, "bee " * 510], truncate=True)
+    cut, whole = embed(session, ["bee " * 600, "bee " * 510], truncate=True)
     np.testing.assert_allclose(cut, whole, atol=1e-6)
 
 
-def test_control_tokens_in_a_text_are_text(embedder: Embedder) -> None:
-    plain, with_marker = embed(embedder, ["bees", "bees [SEP]"])
+def test_control_tokens_in_a_text_are_text(session: PackedSession) -> None:
+    plain, with_marker = embed(session, ["bees", "bees [SEP]"])
     assert float(np.dot(plain, with_marker)) < 0.99
 
 
@@ -180,19 +178,19 @@ def test_texts_end_where_tiles_of_attention_do(
 # Cancelling
 
 
-def test_abort_ends_a_batch_natively_and_the_next_call_works(embedder: Embedder) -> None:
-    expected = embed(embedder, TEXTS)
+def test_abort_ends_a_batch_natively_and_the_next_call_works(session: PackedSession) -> None:
+    expected = embed(session, TEXTS)
     abort = CountdownAbort(polls=20)
     with pytest.raises(CallCancelled):
-        embed(embedder, TEXTS, abort=abort)
+        embed(session, TEXTS, abort=abort)
     assert abort.native_polls > 0
-    np.testing.assert_array_equal(embed(embedder, TEXTS), expected)
+    np.testing.assert_array_equal(embed(session, TEXTS), expected)
 
 
-def test_abort_that_is_already_set_computes_nothing(embedder: Embedder) -> None:
+def test_abort_that_is_already_set_computes_nothing(session: PackedSession) -> None:
     abort = CountdownAbort(polls=0)
     with pytest.raises(CallCancelled):
-        embed(embedder, TEXTS, abort=abort)
+        embed(session, TEXTS, abort=abort)
     assert abort.native_polls == 0
 
 
@@ -237,18 +235,18 @@ def patch_metadata(path: Path, key: str, value: int) -> None:
 # The role
 
 
-def make_session(model: str, **options: Any) -> role.EmbedSession:
+def make_session(model: str, **options: Any) -> PackedSession:
     return role.make_session(SimpleNamespace(options={"model": model, **options}), None)
 
 
-def call(session: role.EmbedSession, texts: list[str], **options: Any) -> FakeReply:
+def call(session: PackedSession, texts: list[str], **options: Any) -> FakeReply:
     reply = FakeReply(options.pop("abort", None))
     payload = {"texts": texts, **options}
     role.HANDLERS["embed"](reply, payload, SimpleNamespace(session=session))
     return reply
 
 
-def serve(session: role.EmbedSession) -> int:
+def serve(session: PackedSession) -> int:
     """Step until nothing is left, and say how many steps that took."""
     steps = 1
     while session.step() is not None:
@@ -256,7 +254,7 @@ def serve(session: role.EmbedSession) -> int:
     return steps
 
 
-def test_handler_replies_with_one_array(session: role.EmbedSession) -> None:
+def test_handler_replies_with_one_array(session: PackedSession) -> None:
     reply = call(session, ["bees dance", "markets fall"])
     assert reply.outcome == "deferred"
     serve(session)
@@ -266,8 +264,8 @@ def test_handler_replies_with_one_array(session: role.EmbedSession) -> None:
     assert session.step() is None
 
 
-def test_calls_share_a_batch_and_keep_their_own(session: role.EmbedSession) -> None:
-    alone = [embed(session.embedder, [text])[0] for text in TEXTS[:6]]
+def test_calls_share_a_batch_and_keep_their_own(session: PackedSession) -> None:
+    alone = [embed(session, [text])[0] for text in TEXTS[:6]]
     calls = [call(session, texts) for texts in (TEXTS[:1], TEXTS[1:3], [], TEXTS[3:6])]
     assert serve(session) == 1
     answers = [reply.sent[0][1] for reply in calls]
@@ -277,7 +275,7 @@ def test_calls_share_a_batch_and_keep_their_own(session: role.EmbedSession) -> N
     assert cosines.min() >= 0.9999
 
 
-def test_a_short_call_does_not_wait_for_a_long_one(session: role.EmbedSession) -> None:
+def test_a_short_call_does_not_wait_for_a_long_one(session: PackedSession) -> None:
     bulk = call(session, ["bee " * 100] * 40)
     assert session.step() == 0.0
     short = call(session, ["bees"])
@@ -287,7 +285,7 @@ def test_a_short_call_does_not_wait_for_a_long_one(session: role.EmbedSession) -
     assert bulk.outcome == "ended"
 
 
-def test_a_bad_text_fails_its_own_call(session: role.EmbedSession) -> None:
+def test_a_bad_text_fails_its_own_call(session: PackedSession) -> None:
     good = call(session, ["bees"])
     with pytest.raises(ContextLengthExceeded):
         call(session, ["bees", "bee " * 600])
@@ -296,8 +294,8 @@ def test_a_bad_text_fails_its_own_call(session: role.EmbedSession) -> None:
     assert good.outcome == also_good.outcome == "ended"
 
 
-def test_cancelling_one_call_leaves_the_others_as_they_are(session: role.EmbedSession) -> None:
-    expected = embed(session.embedder, TEXTS)
+def test_cancelling_one_call_leaves_the_others_as_they_are(session: PackedSession) -> None:
+    expected = embed(session, TEXTS)
     abort = CountdownAbort(polls=30)
     cancelled = call(session, ["bee " * 200], abort=abort)
     calls = [call(session, [text]) for text in TEXTS]
@@ -308,9 +306,9 @@ def test_cancelling_one_call_leaves_the_others_as_they_are(session: role.EmbedSe
 
 
 def test_what_llama_cpp_refuses_fails_its_own_call(
-    session: role.EmbedSession, monkeypatch: pytest.MonkeyPatch
+    session: PackedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = session.embedder.packer._context
+    context = session.packer._context
     decode = context.decode
 
     def refuse_long_ones(batch: Batch) -> None:
@@ -325,7 +323,7 @@ def test_what_llama_cpp_refuses_fails_its_own_call(
     assert good.outcome == also_good.outcome == "ended"
 
 
-def test_a_full_ring_is_asked_again(session: role.EmbedSession) -> None:
+def test_a_full_ring_is_asked_again(session: PackedSession) -> None:
     slow, other = call(session, ["bees"]), call(session, ["markets"])
     slow.full = 2
     assert session.step() == pytest.approx(0.001)
@@ -336,7 +334,7 @@ def test_a_full_ring_is_asked_again(session: role.EmbedSession) -> None:
 
 
 def test_an_answer_that_nobody_takes_fails_its_own_call(
-    session: role.EmbedSession, monkeypatch: pytest.MonkeyPatch
+    session: PackedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone, other = call(session, ["bees"]), call(session, ["markets"])
     monkeypatch.setattr(gone, "try_send", lambda *_: (_ for _ in ()).throw(CallCancelled("gone")))
@@ -346,13 +344,13 @@ def test_an_answer_that_nobody_takes_fails_its_own_call(
 
 
 def test_after_a_step_that_failed_nothing_is_left(
-    session: role.EmbedSession, monkeypatch: pytest.MonkeyPatch
+    session: PackedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(session.embedder, "finish", lambda *_, **__: 1 / 0)
+        patch.setattr(session.engine, "finish", lambda *_, **__: 1 / 0)
         lost = [call(session, ["bees"]), call(session, ["bee " * 300] * 3)]
-    with pytest.raises(ZeroDivisionError):
-        serve(session)
+        with pytest.raises(ZeroDivisionError):
+            serve(session)
     assert all(reply.outcome == "deferred" for reply in lost)  # the loop fails them
     after = call(session, ["bees"])
     serve(session)
@@ -362,33 +360,33 @@ def test_after_a_step_that_failed_nothing_is_left(
 # Options
 
 
-def test_dimensions_cut_and_normalise_again(embedder: Embedder) -> None:
-    whole = embed(embedder, TEXTS[:3])
-    cut = embed(embedder, TEXTS[:3], dimensions=64)
+def test_dimensions_cut_and_normalise_again(session: PackedSession) -> None:
+    whole = embed(session, TEXTS[:3])
+    cut = embed(session, TEXTS[:3], dimensions=64)
     assert cut.shape == (3, 64)
     expected = whole[:, :64] / np.linalg.norm(whole[:, :64], axis=1, keepdims=True)
     np.testing.assert_allclose(cut, expected, atol=1e-6)
-    raw = embed(embedder, TEXTS[:3], dimensions=64, normalize=False)
-    np.testing.assert_array_equal(raw, embed(embedder, TEXTS[:3], normalize=False)[:, :64])
-    assert embed(embedder, [], dimensions=64).shape == (0, 64)
+    raw = embed(session, TEXTS[:3], dimensions=64, normalize=False)
+    np.testing.assert_array_equal(raw, embed(session, TEXTS[:3], normalize=False)[:, :64])
+    assert embed(session, [], dimensions=64).shape == (0, 64)
     with pytest.raises(ValueError, match=r"dimensions must be at most 384.*not 385"):
-        embed(embedder, TEXTS[:1], dimensions=385)
+        embed(session, TEXTS[:1], dimensions=385)
 
 
-def test_prompt_names(embedder: Embedder) -> None:
+def test_prompt_names(session: PackedSession) -> None:
     # MiniLM was trained without prefixes.
-    plain = embed(embedder, ["bees"])
-    np.testing.assert_array_equal(embed(embedder, ["bees"], prompt_name="query"), plain)
+    plain = embed(session, ["bees"])
+    np.testing.assert_array_equal(embed(session, ["bees"], prompt_name="query"), plain)
     with pytest.raises(ValueError, match=r"no prompt named 'title'; it has document, query"):
-        embed(embedder, ["bees"], prompt_name="title")
+        embed(session, ["bees"], prompt_name="title")
 
 
 def test_prompts_of_the_config_come_before_the_text(minilm_path: Path) -> None:
     made = make_session(str(minilm_path), prompts={"query": "search for: "}, n_threads=1)
-    asked = embed(made.embedder, ["bees"], prompt_name="query")
-    np.testing.assert_array_equal(asked, embed(made.embedder, ["search for: bees"]))
+    asked = embed(made, ["bees"], prompt_name="query")
+    np.testing.assert_array_equal(asked, embed(made, ["search for: bees"]))
     np.testing.assert_array_equal(
-        embed(made.embedder, ["bees"], prompt_name="document"), embed(made.embedder, ["bees"])
+        embed(made, ["bees"], prompt_name="document"), embed(made, ["bees"])
     )
     made.close()
 
@@ -422,34 +420,34 @@ def test_known_prefixes(name: str, query: str, document: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[role.EmbedSession]:
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedSession]:
     path = write_qwen3(tmp_path_factory.mktemp("models") / "embed.gguf", "embed")
     made = make_session(str(path), n_threads=1)
     yield made
     made.close()
 
 
-def test_a_decoder_pools_its_last_token(decoder: role.EmbedSession) -> None:
+def test_a_decoder_pools_its_last_token(decoder: PackedSession) -> None:
     from llama_cpp import Llama
 
     peer = Llama(
-        str(decoder.embedder._model.path), embedding=True, n_ctx=256, n_threads=1, verbose=False
+        str(decoder.engine._model.path), embedding=True, n_ctx=256, n_threads=1, verbose=False
     )
     texts = ["bees dance", "markets fall", "a", "flowers " * 20]
-    vectors = embed(decoder.embedder, texts, normalize=False)
+    vectors = embed(decoder, texts, normalize=False)
     assert vectors.shape == (4, 32)
     for text, vector in zip(texts, vectors, strict=True):
         np.testing.assert_allclose(vector, peer.embed(text), atol=2e-3)
-    together = embed(decoder.embedder, texts * 30, normalize=False)
+    together = embed(decoder, texts * 30, normalize=False)
     np.testing.assert_allclose(together, np.tile(vectors, (30, 1)), atol=2e-3)
     peer.close()
 
 
 def test_a_truncated_text_keeps_the_token_that_a_decoder_pools(
-    decoder: role.EmbedSession,
+    decoder: PackedSession,
 ) -> None:
-    [cut] = embed(decoder.embedder, ["b" * 400], truncate=True)
-    [whole] = embed(decoder.embedder, ["b" * 255])
+    [cut] = embed(decoder, ["b" * 400], truncate=True)
+    [whole] = embed(decoder, ["b" * 255])
     np.testing.assert_allclose(cut, whole, atol=1e-6)
 
 
@@ -465,7 +463,7 @@ def test_a_truncated_text_keeps_the_token_that_a_decoder_pools(
     ],
 )
 def test_handler_names_what_is_wrong(
-    session: role.EmbedSession, payload: Any, error: type[Exception], message: str
+    session: PackedSession, payload: Any, error: type[Exception], message: str
 ) -> None:
     reply = FakeReply()
     with pytest.raises(error, match=message):
@@ -498,7 +496,7 @@ def test_close_is_idempotent_and_final(minilm_path: Path) -> None:
     made.close()
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
-        embed(made.embedder, ["late"])
+        embed(made, ["late"])
 
 
 # The native library

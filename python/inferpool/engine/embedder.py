@@ -27,67 +27,25 @@ class Embedder:
     """
 
     def __init__(
-        self,
-        model: Model,
-        *,
-        n_batch: int,
-        n_seq_max: int,
-        n_threads: int | None = None,
-        flash_attn: bool = True,
-        prompts: Mapping[str, str] | None = None,
+        self, model: Model, packer: Packer, *, prompts: Mapping[str, str] | None = None
     ) -> None:
-        """Prepare ``model``, which stays the caller's to close.
+        """Prepare ``model``, whose rows ``packer`` computes; both stay the caller's to close.
 
         Args:
             model: an embedding model.
-            n_batch: tokens decoded together at most; no text can be longer than this.
-            n_seq_max: texts decoded together at most.
-            n_threads: None takes the CPUs this process may run on.
-            flash_attn: whether to use flash attention.
+            packer: computes the jobs that `job` makes.
             prompts: prefixes by name, besides or in place of those known for the model.
 
         Raises:
-            ModelLoadError: if the model gives no vector for a text, or memory is short.
+            ModelLoadError: if the model gives no vector for a text.
         """
+        _require_pooling(model, packer)
         self._model = model
-        self._packer = Packer(
-            model,
-            n_batch=n_batch,
-            n_seq_max=n_seq_max,
-            n_threads=n_threads,
-            flash_attn=flash_attn,
-        )
-        try:
-            self._require_pooling()
-        except ModelLoadError:
-            self._packer.close()
-            raise
         self._prefixes = {**prefixes_of(model), **(prompts or {})}
         self.dimension = model.n_embd
-        self.n_ctx = self._packer.n_ctx
+        self.n_ctx = packer.n_ctx
 
-    def close(self) -> None:
-        """Free the context. Closing twice is harmless."""
-        self._packer.close()
-
-    @property
-    def packer(self) -> Packer:
-        """What computes the jobs that `job` makes."""
-        return self._packer
-
-    def embed(
-        self, request: EmbedRequest, *, abort: AbortToken | None = None
-    ) -> npt.NDArray[np.float32]:
-        """The vectors of a request, float32 of shape (len(texts), d), in their order.
-
-        Raises:
-            CallCancelled: if ``abort`` was set.
-            ModelError: if llama.cpp can't compute a batch.
-            ContextLengthExceeded, InvalidRequest: as `job` does.
-        """
-        return self.finish(self._packer.run(self.job(request, abort)), request)
-
-    def job(self, request: EmbedRequest, abort: AbortToken | None = None) -> Job:
+    def job(self, request: EmbedRequest, abort: AbortToken | None) -> Job:
         """Tokenise a request; `finish` makes vectors of the rows of the job.
 
         Raises:
@@ -149,14 +107,14 @@ class Embedder:
             kept[-1] = tokens[-1]
         return kept
 
-    def _require_pooling(self) -> None:
-        pooling = self._packer.pooling
-        if pooling == lib.LLAMA_POOLING_TYPE_NONE:
-            raise ModelLoadError(
-                f"{self._model.path.name} names no pooling (<architecture>.pooling_type), so it "
-                "gives a vector for each token and none for a text: not an embedding model"
-            )
-        if pooling == lib.LLAMA_POOLING_TYPE_RANK:
-            raise ModelLoadError(
-                f"{self._model.path.name} is a reranker: it scores pairs and gives no vectors"
-            )
+
+def _require_pooling(model: Model, packer: Packer) -> None:
+    if packer.pooling == lib.LLAMA_POOLING_TYPE_NONE:
+        raise ModelLoadError(
+            f"{model.path.name} names no pooling (<architecture>.pooling_type), so it "
+            "gives a vector for each token and none for a text: not an embedding model"
+        )
+    if packer.pooling == lib.LLAMA_POOLING_TYPE_RANK:
+        raise ModelLoadError(
+            f"{model.path.name} is a reranker: it scores pairs and gives no vectors"
+        )

@@ -115,16 +115,6 @@ class Job:
         """Undo `take`."""
         bisect.insort(self._waiting, row, key=self._length)
 
-    def result(self) -> npt.NDArray[np.float32]:
-        """The rows.
-
-        Raises:
-            InferpoolError: if they could not all be computed.
-        """
-        if self.error is not None:
-            raise self.error
-        return self.rows
-
 
 class Packer:
     """Computes the pooled rows of waiting jobs, as many sequences in a batch as fit.
@@ -182,18 +172,6 @@ class Packer:
     def submit(self, job: Job) -> None:
         """Queue ``job``; `step` computes it."""
         self._jobs.append(job)
-
-    def run(self, job: Job) -> npt.NDArray[np.float32]:
-        """Compute ``job`` at once, with whatever else waits, and return its rows.
-
-        Raises:
-            CallCancelled: if its abort token was set.
-            ModelError: if llama.cpp can't compute it.
-        """
-        self.submit(job)
-        while not job.ended:
-            self.step()
-        return job.result()
 
     def forget(self) -> None:
         """Drop all jobs."""

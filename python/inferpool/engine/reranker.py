@@ -28,74 +28,29 @@ class Reranker:
         n_ctx: tokens that query and document may have at most, with all that is around them.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        n_batch: int,
-        n_seq_max: int,
-        n_threads: int | None = None,
-        flash_attn: bool = True,
-    ) -> None:
-        """Prepare ``model``, which stays the caller's to close.
+    def __init__(self, model: Model, packer: Packer) -> None:
+        """Prepare ``model``, whose rows ``packer`` computes; both stay the caller's to close.
 
         Args:
             model: a reranker.
-            n_batch: tokens decoded together at most; no pair can be longer than this.
-            n_seq_max: pairs decoded together at most.
-            n_threads: None takes the CPUs this process may run on.
-            flash_attn: whether to use flash attention.
+            packer: computes the jobs that `job` makes.
 
         Raises:
-            ModelLoadError: if the model is no reranker, or memory is short.
+            ModelLoadError: if the model is no reranker.
         """
-        self._model = model
-        self._packer = Packer(
-            model,
-            n_batch=n_batch,
-            n_seq_max=n_seq_max,
-            n_threads=n_threads,
-            flash_attn=flash_attn,
-        )
-        self.n_ctx = self._packer.n_ctx
-        if self._packer.pooling != lib.LLAMA_POOLING_TYPE_RANK:
-            self._packer.close()
+        if packer.pooling != lib.LLAMA_POOLING_TYPE_RANK:
             raise ModelLoadError(
                 f"{model.path.name} is no reranker: its metadata name no pooling of type rank "
                 "(<architecture>.pooling_type = 4), so it has no score for a pair"
             )
-        try:
-            self._label = _relevance_label(model)
-            template = model.rerank_template
-            self._pairs = TemplatePairs(model, template) if template else SeparatedPairs(model)
-        except ModelLoadError:
-            self._packer.close()
-            raise
+        self._label = _relevance_label(model)
+        template = model.rerank_template
+        self._pairs = TemplatePairs(model, template) if template else SeparatedPairs(model)
         self._n_labels = len(model.class_labels())
         self._with_softmax = model.metadata("general.architecture") in _WITH_SOFTMAX
+        self.n_ctx = packer.n_ctx
 
-    def close(self) -> None:
-        """Free the context. Closing twice is harmless."""
-        self._packer.close()
-
-    @property
-    def packer(self) -> Packer:
-        """What computes the jobs that `job` makes."""
-        return self._packer
-
-    def rerank(
-        self, request: RerankRequest, *, abort: AbortToken | None = None
-    ) -> list[RerankResult]:
-        """The documents of a request, the best one first.
-
-        Raises:
-            CallCancelled: if ``abort`` was set.
-            ModelError: if llama.cpp can't compute a batch.
-            ContextLengthExceeded: as `job` does.
-        """
-        return self.finish(self._packer.run(self.job(request, abort)), request)
-
-    def job(self, request: RerankRequest, abort: AbortToken | None = None) -> Job:
+    def job(self, request: RerankRequest, abort: AbortToken | None) -> Job:
         """Tokenise a request; `finish` makes results of the rows of the job.
 
         Raises:
