@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from inferpool.engine.calls import CallReader
 from inferpool.engine.formats import Reasoning, ToolFormat
+from inferpool.engine.prompt import Prompt
+from inferpool.engine.sampler import Sampler
 from inferpool.engine.text import TextStream, overlap
 from inferpool.messages import (
     ChatDelta,
@@ -16,13 +20,15 @@ from inferpool.messages import (
     FinishReason,
     FunctionCall,
     Logprobs,
+    Timings,
     TokenLogprob,
     Tool,
     ToolCall,
     ToolCallDelta,
+    Usage,
 )
 
-__all__ = ["AnswerParser", "collect"]
+__all__ = ["Answer", "AnswerParser", "collect"]
 
 _TRAILING_SPACE = re.compile(r"\s*\Z")
 
@@ -200,6 +206,72 @@ class AnswerParser:
         self._said[where] += certain
         self._held = self._held[len(certain) :]
         self._at_start = self._at_start and not certain.strip()
+
+
+class Answer:
+    """An answer that is being made: what was drawn, and what its caller is to be told.
+
+    Attributes:
+        prompt: what it answers.
+        sampler: draws its tokens; the caller's to close.
+        tokens: ids of what was drawn, without the token that ended it.
+        untold: pieces that nobody has taken yet.
+    """
+
+    def __init__(self, prompt: Prompt, since: float) -> None:
+        """Begin to answer a call that came at ``since``, as `time.perf_counter` has it.
+
+        Raises:
+            InvalidRequest: if an option of the request does not fit the model.
+        """
+        self.prompt = prompt
+        self.sampler = Sampler(prompt.request, prompt.model, prompt.grammar)
+        self._parser = AnswerParser(
+            stop=prompt.request.stop,
+            reasoning=prompt.reasoning,
+            thinking=prompt.thinking,
+            calls=prompt.calls,
+            tools=prompt.tools,
+            dropped_messages=prompt.dropped_messages,
+        )
+        self.tokens: list[int] = []
+        self.untold: deque[ChatDelta] = deque()
+        self._started = self._first = self._last = since
+
+    def add(self, token: int) -> bool:
+        """Take the token that the sampler drew; whether the answer goes on."""
+        self._last = time.perf_counter()
+        if not self.tokens:
+            self._first = self._last
+        if self.prompt.model.is_eog(token):
+            return self._finish("stop")
+        self.tokens.append(token)
+        piece = self.prompt.model.piece(token, special=token in self.prompt.visible)
+        delta = self._parser.push(piece, self.sampler.logprob)
+        if delta is not None:
+            self.untold.append(delta)
+        if self._parser.stopped:
+            return self._finish("stop")
+        if len(self.tokens) == self.prompt.budget:
+            return self._finish("length")
+        return True
+
+    def _finish(self, reason: FinishReason) -> bool:
+        n_prompt, n_completion = self.prompt.n_tokens, len(self.tokens)
+        last = msgspec.structs.replace(
+            self._parser.finish(reason),
+            usage=Usage(
+                prompt_tokens=n_prompt,
+                completion_tokens=n_completion,
+                total_tokens=n_prompt + n_completion,
+            ),
+            timings=Timings(
+                prompt_seconds=self._first - self._started,
+                completion_seconds=self._last - self._first,
+            ),
+        )
+        self.untold.append(last)
+        return False
 
 
 def collect(deltas: Iterable[ChatDelta]) -> ChatResult:

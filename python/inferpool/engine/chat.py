@@ -75,10 +75,6 @@ class ChatEngine:
                 flash_attn=flash_attn,
             )
             resources.enter_context(closing(context))
-            if model.has_encoder or not context.has_memory:
-                raise ModelLoadError(
-                    f"{model.path.name} does not continue a text: not a chat model"
-                )
             self._scheduler = Scheduler(context, abort=abort)
             resources.enter_context(closing(self._scheduler))
             self._resources = resources.pop_all()

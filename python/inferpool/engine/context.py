@@ -126,7 +126,8 @@ class Context:
             embeddings: whether pooled vectors will be read instead of logits.
 
         Raises:
-            ModelLoadError: if llama.cpp can't make such a context, usually for want of memory.
+            ModelLoadError: if llama.cpp can't make such a context, usually for want of memory, or
+                logits will be read of a model that does not continue a text.
         """
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -153,6 +154,9 @@ class Context:
         self.n_batch: int = lib.llama_n_batch(self._handle)
         self._n_vocab = model.n_vocab
         self.n_seq_max = n_seq_max
+        if not embeddings and (model.has_encoder or not self.has_memory):
+            self.close()
+            raise ModelLoadError(f"{model.path.name} does not continue a text: not a chat model")
 
     @property
     def has_memory(self) -> bool:

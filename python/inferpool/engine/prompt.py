@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from inferpool.engine.answer import AnswerParser
 from inferpool.engine.calls import forced_call
 from inferpool.engine.formats import Reasoning, ToolFormat, reasoning_of, tool_format_of
 from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
-from inferpool.engine.sampler import Sampler
 from inferpool.engine.schema import GrammarBuilder
 from inferpool.engine.template import ChatTemplate
 from inferpool.engine.turns import Window, as_text, described, turns
@@ -31,9 +29,11 @@ class Prompt:
     """A request that a model can start with."""
 
     model: Model
-    request: ChatRequest
+    request: Sampling
     tokens: npt.NDArray[np.int32]
-    """Shape (n,), n at least 1."""
+    """Of text, shape (n,), n at least 1."""
+    n_images: int = 0
+    """Tokens of images, beside those."""
     budget: int
     """Tokens of the answer at most, at least 1."""
     grammar: Grammar | None = None
@@ -41,44 +41,19 @@ class Prompt:
     reasoning: Reasoning | None = None
     thinking: bool = False
     calls: ToolFormat | None = None
+    tools: Sequence[Tool] = ()
     dropped_messages: int = 0
     visible: frozenset[int] = frozenset()
     """Control tokens whose text the parser looks for."""
+    is_bulk: bool = False
+    """Whether others come first."""
+    may_reuse: bool = False
+    """Whether its beginning may be taken from memory instead of being computed again."""
 
     @property
-    def is_bulk(self) -> bool:
-        """Whether others come first."""
-        return self.request.priority == "bulk"
-
-    @property
-    def may_reuse(self) -> bool:
-        """Whether its beginning may be taken from memory instead of being computed again."""
-        request = self.request
-        # Tokens come out rounded differently in other chunks, which a seed should not let show.
-        return request.seed is None if request.cache_prompt is None else request.cache_prompt
-
-    def sampler(self) -> Sampler:
-        """What draws the tokens of one answer; the caller closes it.
-
-        Raises:
-            InvalidRequest: as `Sampler`.
-        """
-        return Sampler(self.request, self.model, self.grammar)
-
-    def parser(self) -> AnswerParser:
-        """What reads the tokens of one answer."""
-        return AnswerParser(
-            stop=self.request.stop,
-            reasoning=self.reasoning,
-            thinking=self.thinking,
-            calls=self.calls,
-            tools=self.request.tools,
-            dropped_messages=self.dropped_messages,
-        )
-
-    def piece(self, token: int) -> bytes:
-        """The bytes of ``token`` as the parser wants them."""
-        return self.model.piece(token, special=token in self.visible)
+    def n_tokens(self) -> int:
+        """Tokens of the context that it takes."""
+        return len(self.tokens) + self.n_images
 
 
 class PromptBuilder:
@@ -129,6 +104,8 @@ class PromptBuilder:
                 tokens=tokens,
                 budget=self._budget(request, tokens),
                 grammar=grammar_of(request),
+                is_bulk=request.priority == "bulk",
+                may_reuse=_may_reuse(request),
             )
         if self._template is None:
             raise InvalidRequest(
@@ -183,8 +160,11 @@ class PromptBuilder:
             reasoning=reasoning,
             thinking=thinking,
             calls=calls,
+            tools=tools,
             dropped_messages=len(messages) - len(window.without(dropped)),
             visible=self._visible(reasoning, calls),
+            is_bulk=request.priority == "bulk",
+            may_reuse=_may_reuse(request),
         )
 
     def _render(
@@ -231,6 +211,11 @@ class PromptBuilder:
                 context=self.n_ctx,
                 margin=margin,
             )
+
+
+def _may_reuse(request: ChatRequest) -> bool:
+    # Tokens come out rounded differently in other chunks, which a seed should not let show.
+    return request.seed is None if request.cache_prompt is None else request.cache_prompt
 
 
 def _call_grammar(request: ChatRequest, form: ToolFormat) -> Grammar | None:

@@ -13,15 +13,15 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from inferpool.engine.abort import AbortToken
+from inferpool.engine.answer import Answer
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.prompt import Prompt
 from inferpool.errors import CallCancelled, InferpoolError
-from inferpool.messages import ChatDelta, FinishReason, Timings, Usage
+from inferpool.messages import ChatDelta
 
 __all__ = ["Caller", "Scheduler"]
 
@@ -80,13 +80,11 @@ class _Request(NamedTuple):
     since: float
 
 
-class _Answer:
-    """An answer that has its turn.
+class _Answer(Answer):
+    """An answer that has its turn. The last of its tokens is not in memory yet.
 
     Attributes:
         slot: where its memory is.
-        tokens: the answer's tokens so far. The last one is not in memory yet.
-        untold: pieces that the caller has not taken yet.
     """
 
     def __init__(self, request: _Request, slot: _Slot) -> None:
@@ -95,14 +93,9 @@ class _Answer:
         Raises:
             InferpoolError: an option of the request does not fit the model.
         """
-        self.prompt = request.prompt
+        super().__init__(request.prompt, request.since)
         self.caller = request.caller
         self.slot = slot
-        self.sampler = self.prompt.sampler()
-        self.parser = self.prompt.parser()
-        self.tokens: list[int] = []
-        self.untold: deque[ChatDelta] = deque()
-        self.started = self.first = self.last = request.since
 
     @property
     def n_unread(self) -> int:
@@ -115,40 +108,6 @@ class _Answer:
         prompt: list[int] = self.prompt.tokens[begin : begin + n].tolist()
         begin = max(0, begin - len(self.prompt.tokens))
         return prompt + self.tokens[begin : begin + n - len(prompt)]
-
-    def add(self, token: int) -> bool:
-        """Take the token that the sampler drew; whether the answer goes on."""
-        self.last = time.perf_counter()
-        if not self.tokens:
-            self.first = self.last
-        if self.prompt.model.is_eog(token):
-            return self._finish("stop")
-        self.tokens.append(token)
-        delta = self.parser.push(self.prompt.piece(token), self.sampler.logprob)
-        if delta is not None:
-            self.untold.append(delta)
-        if self.parser.stopped:
-            return self._finish("stop")
-        if len(self.tokens) == self.prompt.budget:
-            return self._finish("length")
-        return True
-
-    def _finish(self, reason: FinishReason) -> bool:
-        n_prompt, n_completion = len(self.prompt.tokens), len(self.tokens)
-        last = msgspec.structs.replace(
-            self.parser.finish(reason),
-            usage=Usage(
-                prompt_tokens=n_prompt,
-                completion_tokens=n_completion,
-                total_tokens=n_prompt + n_completion,
-            ),
-            timings=Timings(
-                prompt_seconds=self.first - self.started,
-                completion_seconds=self.last - self.first,
-            ),
-        )
-        self.untold.append(last)
-        return False
 
     def tell(self) -> bool:
         """Hand out what is new; false if the caller is behind."""

@@ -7,22 +7,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from inferpool.engine.abort import AbortToken
-from inferpool.engine.answer import AnswerParser
+from inferpool.engine.answer import Answer
 from inferpool.engine.context import Batch, Context, context_length
 from inferpool.engine.images import Pixels
 from inferpool.engine.model import Model
 from inferpool.engine.projector import Chunks, Projector
-from inferpool.engine.prompt import grammar_of
-from inferpool.engine.sampler import Sampler
+from inferpool.engine.prompt import Prompt, grammar_of
 from inferpool.engine.template import ChatTemplate
 from inferpool.engine.turns import turns
 from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
-from inferpool.messages import ChatDelta, Conversation, FinishReason, Timings, Usage
+from inferpool.messages import ChatDelta, Conversation
 
 __all__ = ["VisionEngine"]
 
@@ -76,9 +74,6 @@ class VisionEngine:
             n_threads=n_threads,
             flash_attn=flash_attn,
         )
-        if model.has_encoder or not self._context.has_memory:
-            self._context.close()
-            raise ModelLoadError(f"{model.path.name} does not continue a text: not a chat model")
         self._batch = Batch(self._context.n_batch)
 
     def close(self) -> None:
@@ -99,40 +94,16 @@ class VisionEngine:
             CallCancelled: if ``abort`` was set.
             ModelError: if llama.cpp or the chat template fails.
         """
-        started = time.perf_counter()
-        with (
-            self._projector.tokenize(self._parts(images, request)) as chunks,
-            closing(Sampler(request, self._model, grammar_of(request))) as sampler,
-        ):
-            n_prompt = self._measure(chunks)
-            budget = self.n_ctx - n_prompt
-            if request.max_tokens is not None:
-                budget = min(budget, request.max_tokens)
-            parser = AnswerParser(stop=request.stop)
-            n_completion = 0
-            reason: FinishReason = "stop"
-            first = last = started
-            for token in self._generate(chunks, sampler, abort):
-                last = time.perf_counter()
-                first = first if n_completion else last
-                if self._model.is_eog(token):
-                    break
-                n_completion += 1
-                delta = parser.push(self._model.piece(token), sampler.logprob)
-                if delta is not None:
-                    yield delta
-                if parser.stopped:
-                    break
-                if n_completion == budget:
-                    reason = "length"
-                    break
-        usage = Usage(
-            prompt_tokens=n_prompt,
-            completion_tokens=n_completion,
-            total_tokens=n_prompt + n_completion,
-        )
-        timings = Timings(prompt_seconds=first - started, completion_seconds=last - first)
-        yield msgspec.structs.replace(parser.finish(reason), usage=usage, timings=timings)
+        since = time.perf_counter()
+        with self._projector.tokenize(self._parts(images, request)) as chunks:
+            answer = Answer(self._prompt(chunks, request), since)
+            with closing(answer.sampler):
+                for token in self._generate(chunks, answer, abort):
+                    if not answer.add(token):
+                        break
+                    while answer.untold:
+                        yield answer.untold.popleft()
+        yield from answer.untold
 
     def _parts(self, images: Sequence[Pixels], request: Conversation) -> list[str | Pixels]:
         # No text can spell out a marker that it doesn't know.
@@ -150,10 +121,11 @@ class VisionEngine:
             parts += [image, text]
         return [part for part in parts if not isinstance(part, str) or part]
 
-    def _measure(self, chunks: Chunks) -> int:
+    def _prompt(self, chunks: Chunks, request: Conversation) -> Prompt:
         n_prompt = sum(chunk.n_tokens for chunk in chunks)
         n_images = sum(chunk.n_tokens for chunk in chunks if chunk.tokens is None)
-        if n_prompt + 1 > self.n_ctx:
+        room = self.n_ctx - n_prompt
+        if room < 1:
             raise ContextLengthExceeded(
                 f"the prompt has {n_prompt} tokens, {n_images} of them for images, and the answer "
                 f"needs at least 1, the context holds {self.n_ctx}",
@@ -162,11 +134,16 @@ class VisionEngine:
                 context=self.n_ctx,
                 response_budget=1,
             )
-        return n_prompt
+        return Prompt(
+            model=self._model,
+            request=request,
+            tokens=np.concatenate([chunk.tokens for chunk in chunks if chunk.tokens is not None]),
+            n_images=n_images,
+            budget=min(request.max_tokens or room, room),
+            grammar=grammar_of(request),
+        )
 
-    def _generate(
-        self, chunks: Chunks, sampler: Sampler, abort: AbortToken | None
-    ) -> Iterator[int]:
+    def _generate(self, chunks: Chunks, answer: Answer, abort: AbortToken | None) -> Iterator[int]:
         """Token after token of the answer, without end; the last result is always unread."""
         with self._context.interruptible(abort), self._projector.interruptible(abort):
             self._context.clear()
@@ -177,11 +154,9 @@ class VisionEngine:
                 else:
                     self._decode(chunk.tokens, position)
                 position += chunk.n_positions
-            sampler.accept_prompt(
-                np.concatenate([chunk.tokens for chunk in chunks if chunk.tokens is not None])
-            )
+            answer.sampler.accept_prompt(answer.prompt.tokens)
             while True:
-                token = sampler.sample(self._context)
+                token = answer.sampler.sample(self._context)
                 yield token
                 self._decode(np.array([token], np.int32), position)
                 position += 1
