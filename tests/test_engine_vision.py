@@ -6,6 +6,7 @@ import ctypes
 import io
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,7 +164,7 @@ def test_the_image_is_read_as_mtmd_reads_it(engine: VisionEngine) -> None:
     images = [pixels(1), pixels(2)]
     ours = logits(engine, images)
     mtmd, context = projector.mtmd, engine._context
-    with engine._projector.tokenize(engine._parts(images, request())) as chunks:
+    with closing(engine._projector.tokenize(engine._parts(images, request()))) as chunks:
         context.clear()
         end = ctypes.c_int32()
         status = mtmd.mtmd_helper_eval_chunks(
@@ -272,7 +273,7 @@ def test_a_deadline_is_an_abort_token() -> None:
 
 
 def test_pages_are_rasterised() -> None:
-    with Document(pdf(3)) as document:
+    with closing(Document(pdf(3))) as document:
         assert document.n_pages == 3
         small, large = document.rasterise(2, 72), document.rasterise(2, 144)
         assert small.shape == (50, 70, 3)
@@ -284,7 +285,7 @@ def test_pages_are_rasterised() -> None:
 
 def test_a_huge_page_is_made_smaller() -> None:
     image = Image.new("RGB", (2000, 10), "red")
-    with Document(encoded(image, "PDF", resolution=10)) as document:
+    with closing(Document(encoded(image, "PDF", resolution=10))) as document:
         assert max(document.rasterise(1, 1200).shape) == 4096
 
 
@@ -307,7 +308,7 @@ def test_passwords() -> None:
     data = (DATA / "encrypted.pdf").read_bytes()
     with pytest.raises(InvalidRequest, match="the password is wrong"):
         Document(data, "guess")
-    with Document(data, "open sesame") as document:
+    with closing(Document(data, "open sesame")) as document:
         assert document.rasterise(1, 72).shape == (72, 72, 3)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -128,6 +128,17 @@ class Hosting:
         return self.environment[replica] if self.environment else {}
 
 
+_LLAMA_RANGES = {
+    "n_threads": (1, _MAX_THREADS),
+    "n_gpu_layers": (-1, 1 << 16),
+    "n_ctx": (0, MAX_CONTEXT_LENGTH),
+    "n_batch": (1, MAX_CONTEXT_LENGTH),
+    "n_parallel": (1, MAX_SEQUENCES),
+    "n_seq_max": (1, MAX_SEQUENCES),
+    "retry": (0, 10),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _LlamaConfig(Hosting):
     """What every llama.cpp role has in common."""
@@ -145,9 +156,11 @@ class _LlamaConfig(Hosting):
         super().__post_init__()
         if self.sandbox is not None:
             _check_sandbox(self.sandbox)
-        if self.n_threads is not None:
-            _check_range("n_threads", self.n_threads, 1, _MAX_THREADS)
-        _check_range("n_gpu_layers", self.n_gpu_layers, -1, 1 << 16)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            is_left_open = value is None and option.default is None
+            if option.name in _LLAMA_RANGES and not is_left_open:
+                _check_range(option.name, value, *_LLAMA_RANGES[option.name])
 
 
 @dataclass(frozen=True)
@@ -166,12 +179,6 @@ class EmbedConfig(_LlamaConfig):
     retry: int = 0
     """How often a call whose worker ended is made again before its caller learns of it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
-        _check_range("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES)
-        _check_range("retry", self.retry, 0, 10)
-
 
 @dataclass(frozen=True)
 class RerankConfig(_LlamaConfig):
@@ -185,12 +192,6 @@ class RerankConfig(_LlamaConfig):
     """Pairs decoded together at most."""
     retry: int = 0
     """As `EmbedConfig.retry`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
-        _check_range("n_seq_max", self.n_seq_max, 1, MAX_SEQUENCES)
-        _check_range("retry", self.retry, 0, 10)
 
 
 @dataclass(frozen=True)
@@ -209,13 +210,6 @@ class ChatConfig(_LlamaConfig):
     chat_template: str | None = None
     """A jinja template to use in place of the model's own."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_ctx is not None:
-            _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
-        _check_range("n_parallel", self.n_parallel, 1, MAX_SEQUENCES)
-        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
-
 
 @dataclass(frozen=True)
 class VisionConfig(_LlamaConfig):
@@ -232,12 +226,6 @@ class VisionConfig(_LlamaConfig):
     """Tokens of a prompt decoded together at most."""
     chat_template: str | None = None
     """A jinja template to use in place of the model's own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_ctx is not None:
-            _check_range("n_ctx", self.n_ctx, 0, MAX_CONTEXT_LENGTH)
-        _check_range("n_batch", self.n_batch, 1, MAX_CONTEXT_LENGTH)
 
 
 @dataclass(frozen=True)

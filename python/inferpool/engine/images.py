@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -116,17 +114,6 @@ class Document:
     def close(self) -> None:
         """Free the document."""
         self._pdf.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def check(self, pages: Sequence[int]) -> None:
         """Raise `InvalidRequest` if one of these page numbers, counted from 1, is not there."""

@@ -8,8 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -241,7 +240,7 @@ class Chunk:
 
 
 class Chunks(Sequence[Chunk]):
-    """A prompt of texts and images; closing it frees its chunks."""
+    """A prompt of texts and images. Close it to free its chunks."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -262,17 +261,6 @@ class Chunks(Sequence[Chunk]):
             mtmd.mtmd_input_chunks_free(self._handle)
             self._handle = None
             self._chunks = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _chunk(handle: Any) -> Chunk:

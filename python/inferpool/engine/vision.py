@@ -95,7 +95,7 @@ class VisionEngine:
             ModelError: if llama.cpp or the chat template fails.
         """
         since = time.perf_counter()
-        with self._projector.tokenize(self._parts(images, request)) as chunks:
+        with closing(self._projector.tokenize(self._parts(images, request))) as chunks:
             answer = Answer(self._prompt(chunks, request), since)
             with closing(answer.sampler):
                 for token in self._generate(chunks, answer, abort):

@@ -92,7 +92,7 @@ def handle_vision_pdf(reply: Reply, payload: Any, state: WorkerLoopState) -> Non
     """Answer a `PdfRequest` with a `PdfPage` for each page, as it is done."""
     request = read(payload, PdfRequest)
     engine = cast(VisionSession, state.session).engine
-    with Document(request.document, request.password) as document:
+    with closing(Document(request.document, request.password)) as document:
         every = range(1, document.n_pages + 1)
         pages = every if request.pages is None else request.pages
         document.check(pages)
