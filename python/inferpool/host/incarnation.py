@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from inferpool import codec, errors
 from inferpool._transport import Call, Event, HostChannel
-from inferpool.config import Policy, PoolOptions, Role
 from inferpool.errors import (
     CallTimeout,
     InferpoolError,
@@ -34,11 +30,12 @@ from inferpool.host.process import (
     oom_kills,
     resident_bytes,
 )
+from inferpool.host.spec import RoleSpec
 from inferpool.host.status import WorkerStatus
 from inferpool.host.watch import Watch
-from inferpool.messages import ErrorInfo, Ready, Sandbox, Start, WorkerArguments
+from inferpool.messages import ErrorInfo, Ready, WorkerArguments
 
-__all__ = ["Incarnation", "RoleSpec", "remote_error"]
+__all__ = ["Incarnation", "remote_error"]
 
 _FRAME_LIMIT = 1 << 30
 """Bytes of the largest frame."""
@@ -46,20 +43,6 @@ _RING_CAPACITY = 4 << 20
 """Bytes of each ring; larger frames flow through in fragments."""
 _REAP_SECONDS = 5.0
 """How long a killed process may take to go."""
-
-
-@dataclass(frozen=True)
-class RoleSpec:
-    """A role by name, and how its workers are started."""
-
-    name: str
-    role: Role
-    options: PoolOptions
-
-    @property
-    def policy(self) -> Policy:
-        """How its workers are treated."""
-        return self.role.policy or self.options.policy
 
 
 class Incarnation:
@@ -153,35 +136,13 @@ class Incarnation:
             host_pid=os.getpid(),
             frame_limit=_FRAME_LIMIT,
             wait=self.spec.options.wait,
-            sandbox=self._sandbox(),
+            sandbox=self.spec.sandbox(self._log.path),
         )
         environment = self.spec.role.environment_of(self.replica)
         return WorkerProcess(msgspec.json.encode(arguments).decode(), fds, self._log, environment)
 
-    def _sandbox(self) -> Sandbox:
-        role = self.spec.role
-        # A role of one's own may be anywhere; the package's own are where the interpreter looks.
-        own = role.session.partition(":")[0].startswith("inferpool.")
-        modules = [] if own else [path for path in map(Path, sys.path) if path.exists()]
-        return Sandbox(
-            level=role.sandbox,
-            readable=[*role.readable, *map(str, modules)],
-            locate="inferpool.models:readable",
-            log_path=None if self._log.path is None else str(self._log.path),
-        )
-
     def _send_start(self) -> Call:
-        spec = self.spec
-        start = Start(
-            role=spec.name,
-            incarnation=self.number,
-            session=spec.role.session,
-            handlers=spec.role.handlers,
-            options=dict(spec.role.options),
-            log_path=None if self._log.path is None else str(self._log.path),
-            log_level=spec.options.log_level,
-            sys_path=[str(entry) for entry in sys.path],
-        )
+        start = self.spec.start(self.number, self._log.path)
         call = self.channel.open(codec.encode("start", start))
         call.send()
         return call

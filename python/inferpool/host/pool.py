@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import time
 import weakref
@@ -13,20 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from inferpool.config import (
-    ChatConfig,
-    EmbedConfig,
-    Hosting,
-    Policy,
-    PoolOptions,
-    RerankConfig,
-    Role,
-    VisionConfig,
-)
+from inferpool.config import Policy, PoolOptions
 from inferpool.errors import CallTimeout
 from inferpool.host.calls import Deadline, call, next_item, open_call, ping, try_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
-from inferpool.host.incarnation import RoleSpec
 from inferpool.host.roles import (
     AsyncChat,
     AsyncEmbed,
@@ -37,29 +26,17 @@ from inferpool.host.roles import (
     Rerank,
     Vision,
 )
+from inferpool.host.spec import RoleLike, RoleSpec
 from inferpool.host.status import RoleStatus
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import MemoryBudget, Supervisor
 from inferpool.host.watch import SLICE_SECONDS
 from inferpool.messages import READY_KIND
 
-__all__ = ["AsyncPool", "Pool", "RoleLike"]
-
-Config = ChatConfig | EmbedConfig | RerankConfig | VisionConfig
-RoleLike = str | os.PathLike[str] | Config | Role
-"""What a role can be given as: a model's name or path, a config, or a `Role` of one's own."""
+__all__ = ["AsyncPool", "Pool"]
 
 PING_SECONDS = 5.0
 """Default bound of a ping."""
-
-_CONFIGS: Mapping[str, type[Config]] = {
-    "chat": ChatConfig,
-    "embed": EmbedConfig,
-    "rerank": RerankConfig,
-    "vision": VisionConfig,
-}
-# What configs and `Role` have in common.
-_HOSTING = frozenset({*(field.name for field in dataclasses.fields(Hosting)), "retry"})
 
 
 class _Core:
@@ -73,8 +50,7 @@ class _Core:
         self.supervisors: dict[str, Supervisor] = {}
         budget = MemoryBudget(options.memory_budget, self.supervisors)
         for name, given in roles.items():
-            spec = RoleSpec(name, _as_role(name, given), options)
-            self.supervisors[name] = Supervisor(spec, budget)
+            self.supervisors[name] = Supervisor(RoleSpec.of(name, given, options), budget)
         # Runs when the last pool that shares this is collected, and at exit.
         self._finalizer = weakref.finalize(
             self, _close, self.supervisors, options.close_timeout, self._owner
@@ -95,8 +71,7 @@ class _Core:
         return [each for each in self.supervisors.values() for _ in range(each.spec.role.replicas)]
 
     def configure(self, role: str, given: RoleLike) -> None:
-        supervisor = self.supervisor(role)
-        supervisor.configure(RoleSpec(role, _as_role(role, given), self._options))
+        self.supervisor(role).configure(RoleSpec.of(role, given, self._options))
 
     def close(self, *, drain: bool, timeout: float | None) -> None:
         if drain and os.getpid() == self._owner:
@@ -125,37 +100,6 @@ def _close(supervisors: Mapping[str, Supervisor], timeout: float, owner: int) ->
         supervisor.ask_to_end()
     for supervisor in supervisors.values():
         supervisor.end(max(0.0, deadline - time.monotonic()))
-
-
-def _as_role(name: str, given: RoleLike) -> Role:
-    if not name.isidentifier():  # it names a file of the log directory too
-        raise ValueError(f"a role's name must be an identifier, not {name!r}")
-    if isinstance(given, Role):
-        return given
-    config_class = _CONFIGS.get(name)
-    if config_class is None:
-        raise TypeError(
-            f"{name!r} is no option of a pool and no built-in role ({', '.join(_CONFIGS)}); "
-            "a role of your own needs Role(session=..., handlers=...)"
-        )
-    if isinstance(given, str | os.PathLike) and not issubclass(config_class, VisionConfig):
-        given = config_class(os.fspath(given))
-    if not isinstance(given, config_class):
-        raise TypeError(
-            f"{name} takes a model, {config_class.__name__} or Role, not {type(given).__name__}"
-        )
-    module = f"inferpool.roles.{name}"
-    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    # What the host is to know of the role is no business of the session.
-    hosting = {name: options.pop(name) for name in _HOSTING if name in options}
-    return Role(
-        f"{module}:make_session",
-        f"{module}:HANDLERS",
-        options,
-        sandbox=given.sandbox or ("basic" if given.n_gpu_layers else "confined"),
-        readable=[options[name] for name in ("model", "mmproj") if options.get(name)],
-        **hosting,
-    )
 
 
 def _as_they_are(items: Sequence[Any]) -> Sequence[Any]:

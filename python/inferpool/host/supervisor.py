@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from inferpool import codec
 from inferpool.errors import InferpoolError, PoisonousRequest, PoolClosed, QueueFull, RoleDegraded
-from inferpool.host.incarnation import Incarnation, RoleSpec
+from inferpool.host.incarnation import Incarnation
 from inferpool.host.process import resident_bytes
 from inferpool.host.restart import CrashRecord
+from inferpool.host.spec import RoleSpec
 from inferpool.host.status import RoleStatus
 
 __all__ = ["MemoryBudget", "Supervisor"]
