@@ -26,8 +26,8 @@ def _bytes_as_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
 
 
-def write_qwen3(path: Path, kind: Literal["chat", "embed", "rerank"]) -> Path:
-    """A decoder of the architecture ``qwen3``; all kinds share weights and vocabulary.
+def write_qwen3(path: Path, kind: Literal["chat", "embed", "rerank"], *, seed: int = 7) -> Path:
+    """A decoder of the architecture ``qwen3``; all kinds share a seed's weights, and vocabulary.
 
     ``chat`` continues a text, ``embed`` pools the last token, ``rerank`` turns the logits of
     "yes" and "no" after its template into probabilities.
@@ -56,7 +56,7 @@ def write_qwen3(path: Path, kind: Literal["chat", "embed", "rerank"]) -> Path:
     writer.add_eos_token_id(tokens.index(END))
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(kind == "embed")
-    random = np.random.default_rng(7)
+    random = np.random.default_rng(seed)
 
     def add(name: str, *shape: int, scale: float = 0.3) -> np.ndarray:
         weights = (random.standard_normal(shape) * scale).astype(np.float32)

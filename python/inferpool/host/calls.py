@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from inferpool import codec
@@ -33,6 +34,7 @@ from inferpool.host.supervisor import Supervisor
 __all__ = [
     "Deadline",
     "Driver",
+    "Naming",
     "OpenCall",
     "Steps",
     "Wait",
@@ -94,6 +96,14 @@ class Deadline:
         return CallTimeout(f"no answer within {self._timeout:g} s")
 
 
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """A request that must be answered by this model. For `call` and `open_call`."""
+
+    model: str
+    request: Any
+
+
 class OpenCall:
     """A call that is under way, and with whom. It is given up when the object goes."""
 
@@ -136,13 +146,19 @@ class Driver(Protocol):
 def open_call(
     supervisor: Supervisor, driver: Driver, kind: str, payload: Any, deadline: Deadline
 ) -> Steps[OpenCall]:
-    """Send a request to one of the role's workers, starting one if need be."""
+    """Send a request to one of the role's workers, starting one if need be.
+
+    A request that names another model than the role has gives the role that model.
+    """
+    model = None
+    if isinstance(payload, Naming):
+        model, payload = payload.model, payload.request
     parts = codec.encode(kind, payload)
     deadline.set_default(supervisor.spec.policy.call_timeout)
-    supervisor.admit(parts)
+    supervisor.admit(parts, model)
     replaced = 0
     while True:
-        opened = yield from _begin(supervisor, driver, kind, parts, deadline)
+        opened = yield from _begin(supervisor, driver, kind, parts, deadline, model=model)
         if opened.call.sent:
             return opened
         incarnation = opened.incarnation
@@ -176,14 +192,18 @@ def _begin(
     kind: str,
     parts: codec.Parts,
     deadline: Deadline,
+    *,
+    model: str | None,
 ) -> Steps[OpenCall]:
     """Open the call on a worker that takes calls, and send what takes no waiting."""
     while True:
-        incarnation = supervisor.current() or (yield from _started(supervisor, deadline))
+        incarnation = supervisor.current(model)
+        if incarnation is None:
+            incarnation = yield from _started(supervisor, deadline, model)
         if incarnation.lingering:
             yield from _let_go(incarnation, deadline)
         flight = incarnation.begin(kind, parts)
-        if flight is None:
+        if flight is None:  # it was retired meanwhile, as when another call names another model
             continue
         try:
             native = incarnation.channel.open(parts, driver.notifier(incarnation))
@@ -193,12 +213,14 @@ def _begin(
         return OpenCall(supervisor, incarnation, flight, native)
 
 
-def _started(supervisor: Supervisor, deadline: Deadline) -> Steps[Incarnation]:
+def _started(
+    supervisor: Supervisor, deadline: Deadline, model: str | None = None
+) -> Steps[Incarnation]:
     """Start a worker, after a pause if others have crashed."""
     while (pause := supervisor.pause()) > 0:
         yield deadline.left(pause) or 0.0
         deadline.check()
-    return supervisor.start()
+    return supervisor.start(model)
 
 
 def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:

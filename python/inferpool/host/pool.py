@@ -166,7 +166,7 @@ class _Base:
         """Give a role another model or other options. Other roles do not notice.
 
         Calls in flight end on the worker that they are with, which ends after them; the next call
-        starts a new one.
+        starts a new one. ``model=`` on a call of a built-in role does so for the model alone.
 
         Args:
             role: one of the pool's roles.

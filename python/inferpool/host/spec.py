@@ -21,10 +21,12 @@ from inferpool.config import (
 )
 from inferpool.messages import Sandbox, Start
 
-__all__ = ["RoleLike", "RoleSpec"]
+__all__ = ["ModelLike", "RoleLike", "RoleSpec"]
 
 Config = ChatConfig | EmbedConfig | RerankConfig | VisionConfig
-RoleLike = str | os.PathLike[str] | Config | Role
+ModelLike = str | os.PathLike[str]
+"""A model's name or path."""
+RoleLike = ModelLike | Config | Role
 """What a role can be given as: a model's name or path, a config, or a `Role` of one's own."""
 
 _CONFIGS: Mapping[str, type[Config]] = {
@@ -59,6 +61,26 @@ class RoleSpec:
     def policy(self) -> Policy:
         """How its workers are treated."""
         return self.role.policy or self.options.policy
+
+    @property
+    def model(self) -> str | None:
+        """Its model by name or path; None if it has none."""
+        return self.role.options.get("model")
+
+    def with_model(self, model: str) -> RoleSpec:
+        """The same with another model.
+
+        Raises:
+            TypeError: the role has none, or this is neither a name nor a path.
+        """
+        if self.model is None:
+            raise TypeError(f"role {self.name!r} has no model that a call could name")
+        if not isinstance(model, str):  # os.PathLike may stand for bytes
+            raise TypeError(f"model must be a name or a path, not {type(model).__name__}")
+        readable = [model if each == self.model else each for each in self.role.readable]
+        options = {**self.role.options, "model": model}
+        role = dataclasses.replace(self.role, options=options, readable=readable)
+        return dataclasses.replace(self, role=role)
 
     def sandbox(self, log: Path | None) -> Sandbox:
         """What a worker shall give up, but for its log."""

@@ -62,6 +62,8 @@ class RoleStatus:
     """
 
     role: str
+    model: str | None
+    """By name or path, as its next worker will have it; None for a role without one."""
     state: str
     """The most that any worker of the role can do: ``"busy"``, ``"ready"``, ``"starting"``;
     without one ``"dead"`` (until the next call), ``"stopped"`` or ``"degraded"``."""

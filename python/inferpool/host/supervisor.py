@@ -51,14 +51,18 @@ class Supervisor:
         """Whether calls are refused for good."""
         return self._closed
 
-    def admit(self, parts: codec.Parts) -> None:
+    def admit(self, parts: codec.Parts, model: str | None = None) -> None:
         """Refuse a request that must not reach a worker.
+
+        Args:
+            parts: the request.
+            model: which model it names, if any. Its crashes with another do not count.
 
         Raises:
             PoisonousRequest: it has crashed two of them.
             QueueFull: ``max_queue`` calls are in flight.
         """
-        if self._crashes.is_poisonous(parts):
+        if self._crashes.is_poisonous(parts) and model in {None, self.spec.model}:
             raise PoisonousRequest(
                 f"this request has crashed a worker of role {self.spec.name!r} twice"
             )
@@ -66,14 +70,23 @@ class Supervisor:
         if limit is not None and sum(len(each.flights) for each in list(self._members)) >= limit:
             raise QueueFull(f"role {self.spec.name!r} has {limit} calls in flight already")
 
-    def current(self) -> Incarnation | None:
+    def current(self, model: str | None = None) -> Incarnation | None:
         """The worker that should take the next call; None if one is to be started for it.
+
+        Args:
+            model: which model that worker must have; the role is given it if it has another.
 
         Raises:
             PoolClosed: `close` was called.
+            TypeError: the role has no model.
         """
         if self._closed:
             raise PoolClosed("the pool is closed")
+        if model is not None:
+            with self._lock:  # nobody swaps it between the two
+                if model != self.spec.model:
+                    self.configure(self.spec.with_model(model))
+                return self.current()
         places = self._places
         if len(places) == 1:
             only = places[0]
@@ -95,8 +108,11 @@ class Supervisor:
                 return 0.0
             return self._crashes.pause()
 
-    def start(self) -> Incarnation:
+    def start(self, model: str | None = None) -> Incarnation:
         """The worker that should take the next call, started if need be. Does not wait for it.
+
+        Args:
+            model: as in `current`.
 
         Raises:
             PoolClosed: `close` was called.
@@ -106,7 +122,7 @@ class Supervisor:
         self._budget.make_room(self, self._memory_before)
         with self._lock:
             self._sweep()
-            best = self.current()
+            best = self.current(model)
             if best is not None:
                 return best
             best = self._least_busy()
@@ -289,6 +305,7 @@ class Supervisor:
         queue = [call for each in workers for call in each.calls if not call.taken]
         return RoleStatus(
             role=self.spec.name,
+            model=self.spec.model,
             state=state,
             pid=first.pid if first else None,
             incarnation=self._count,

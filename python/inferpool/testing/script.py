@@ -69,6 +69,8 @@ def scripted_embed(
 
 
 def _role(handlers: str, policy: Policy | None, **options: Any) -> Role:
+    # So that calls may name a model; the script is the same for all.
+    options["model"] = "script"
     return Role(
         f"{__name__}:make_session", f"{__name__}:{handlers}", options=options, policy=policy
     )

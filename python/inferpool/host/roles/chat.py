@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
-from inferpool.host.calls import Driver, Steps, call, open_call
+from inferpool.host.calls import Driver, Naming, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.roles.naming import ModelOption, naming
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult, Priority, read
@@ -19,7 +20,7 @@ Messages = str | Sequence[Mapping[str, Any] | ChatMessage]
 them, tool calls and their results among them."""
 
 
-class Sampling(TypedDict, total=False):
+class Sampling(ModelOption, total=False):
     """How an answer is chosen. Names are OpenAI's or llama.cpp's; defaults are llama.cpp's.
 
     The options act in the order of this list, which is llama.cpp's; the value that turns each
@@ -130,7 +131,7 @@ class Chat:
         Args:
             messages: what the user says, or turns with ``role`` and ``content``.
             timeout: seconds until `CallTimeout`.
-            **options: see `ChatOptions`.
+            **options: see `ChatOptions`, and `ModelOption` for ``model``.
 
         Raises:
             ContextLengthExceeded: what has to stay of the conversation, and ``max_tokens``, do
@@ -149,7 +150,7 @@ class Chat:
 
         Arguments and errors are those of a plain call, but for messages and tools.
         """
-        request = read({"prompt": prompt, **options}, ChatRequest)
+        request = _completion_request(prompt, options)
         return self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
 
     def stream(
@@ -172,7 +173,7 @@ class Chat:
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
     ) -> Stream[ChatDelta]:
         """As `complete`, piece by piece."""
-        request = read({"prompt": prompt, **options}, ChatRequest)
+        request = _completion_request(prompt, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
         return Stream(self._driver, opening, timeout, _chat_deltas)
 
@@ -199,7 +200,7 @@ class AsyncChat:
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
     ) -> ChatResult:
         """As `Chat.complete`."""
-        request = read({"prompt": prompt, **options}, ChatRequest)
+        request = _completion_request(prompt, options)
         return await self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
 
     def stream(
@@ -218,19 +219,25 @@ class AsyncChat:
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
     ) -> AsyncStream[ChatDelta]:
         """As `Chat.stream_complete`, for ``async for``."""
-        request = read({"prompt": prompt, **options}, ChatRequest)
+        request = _completion_request(prompt, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
         return AsyncStream(self._driver, opening, timeout, _chat_deltas)
 
 
-def _chat_request(messages: Messages, options: ChatOptions) -> ChatRequest:
+def _chat_request(messages: Messages, options: ChatOptions) -> ChatRequest | Naming:
+    model = options.pop("model", None)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return read({"messages": messages, **options}, ChatRequest)
+    return naming(model, read({"messages": messages, **options}, ChatRequest))
+
+
+def _completion_request(prompt: str, options: CompletionOptions) -> ChatRequest | Naming:
+    model = options.pop("model", None)
+    return naming(model, read({"prompt": prompt, **options}, ChatRequest))
 
 
 def _chat(
-    supervisor: Supervisor, driver: Driver, request: ChatRequest, timeout: float | None
+    supervisor: Supervisor, driver: Driver, request: ChatRequest | Naming, timeout: float | None
 ) -> Steps[ChatResult]:
     payload = yield from call(supervisor, driver, "chat", request, timeout)
     return read(payload, ChatResult)

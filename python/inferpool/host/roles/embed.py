@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from inferpool.errors import ProtocolError
-from inferpool.host.calls import Driver, Steps, call
+from inferpool.host.calls import Driver, Naming, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.roles.naming import ModelOption, naming
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import EmbedRequest, Priority, read
 
 __all__ = ["AsyncEmbed", "Embed", "EmbedOptions"]
 
 
-class EmbedOptions(TypedDict, total=False):
+class EmbedOptions(ModelOption, total=False):
     """Options of an embed call."""
 
     normalize: bool
@@ -52,7 +53,7 @@ class Embed:
             prompt_name: which of the model's prefixes to put in front of each text, such as
                 "query" or "document"; None puts none.
             timeout: seconds until `CallTimeout`.
-            **options: see `EmbedOptions`.
+            **options: see `EmbedOptions`, and `ModelOption` for ``model``.
 
         Returns:
             float32 of shape (len(texts), d), row i for text i; d is the model's dimension, or
@@ -122,14 +123,18 @@ class AsyncEmbed:
         return await self(texts, prompt_name="document", timeout=timeout, **options)
 
 
-def _request(texts: Sequence[str], prompt_name: str | None, options: EmbedOptions) -> EmbedRequest:
+def _request(
+    texts: Sequence[str], prompt_name: str | None, options: EmbedOptions
+) -> EmbedRequest | Naming:
+    model = options.pop("model", None)
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of str, not a str")
-    return read({"texts": list(texts), "prompt_name": prompt_name, **options}, EmbedRequest)
+    fields = {"texts": list(texts), "prompt_name": prompt_name, **options}
+    return naming(model, read(fields, EmbedRequest))
 
 
 def _embed(
-    supervisor: Supervisor, driver: Driver, request: EmbedRequest, timeout: float | None
+    supervisor: Supervisor, driver: Driver, request: EmbedRequest | Naming, timeout: float | None
 ) -> Steps[np.ndarray]:
     vectors = yield from call(supervisor, driver, "embed", request, timeout)
     if not isinstance(vectors, np.ndarray):

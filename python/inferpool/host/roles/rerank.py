@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Unpack
 
-from inferpool.host.calls import Driver, Steps, call
+from inferpool.host.calls import Driver, Naming, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
+from inferpool.host.roles.naming import ModelOption, naming
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import Priority, RerankRequest, RerankResult, read
 
 __all__ = ["AsyncRerank", "Rerank", "RerankOptions"]
 
 
-class RerankOptions(TypedDict, total=False):
+class RerankOptions(ModelOption, total=False):
     """Options of a rerank call."""
 
     top_n: int | None
@@ -49,7 +50,7 @@ class Rerank:
             query: what is asked.
             documents: the texts, in any number.
             timeout: seconds until `CallTimeout`.
-            **options: see `RerankOptions`.
+            **options: see `RerankOptions`, and `ModelOption` for ``model``.
 
         Returns:
             The best document first, with its index and relevance score; among equal scores the
@@ -84,14 +85,18 @@ class AsyncRerank:
         return await self._driver.run(_rerank(self._supervisor, self._driver, request, timeout))
 
 
-def _request(query: str, documents: Sequence[str], options: RerankOptions) -> RerankRequest:
+def _request(
+    query: str, documents: Sequence[str], options: RerankOptions
+) -> RerankRequest | Naming:
+    model = options.pop("model", None)
     if isinstance(documents, str):
         raise TypeError("documents must be a sequence of str, not a str")
-    return read({"query": query, "documents": list(documents), **options}, RerankRequest)
+    fields = {"query": query, "documents": list(documents), **options}
+    return naming(model, read(fields, RerankRequest))
 
 
 def _rerank(
-    supervisor: Supervisor, driver: Driver, request: RerankRequest, timeout: float | None
+    supervisor: Supervisor, driver: Driver, request: RerankRequest | Naming, timeout: float | None
 ) -> Steps[list[RerankResult]]:
     items = yield from call(supervisor, driver, "rerank", request, timeout)
     return read(items, list[RerankResult])

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import numpy as np
 
-from inferpool.host.calls import Driver, Steps, call, open_call
+from inferpool.host.calls import Driver, Naming, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.roles.chat import Messages, Sampling
+from inferpool.host.roles.naming import naming
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import (
@@ -77,7 +78,7 @@ class Vision:
             prompt: what to ask, or turns with ``role`` and ``content``; the images belong to the
                 last one.
             timeout: seconds until `CallTimeout`.
-            **options: sampling options, as for chat.
+            **options: sampling options and ``model``, as for chat.
 
         Raises:
             InvalidRequest: an image can't be decoded, or has over 2**26 pixels.
@@ -115,7 +116,7 @@ class Vision:
             document: the bytes of the file, or its path.
             prompt: what to ask, as for a plain call.
             timeout: seconds until `CallTimeout`, for all pages together.
-            **options: see `PdfOptions`.
+            **options: see `PdfOptions`, and `ModelOption` for ``model``.
 
         Returns:
             A stream of `PdfPage`: ``page``, ``total``, ``text``. Closing it, or dropping it, stops
@@ -179,21 +180,23 @@ class AsyncVision:
 
 def _request(
     image: AnImage | Sequence[AnImage], prompt: Messages, options: Sampling
-) -> VisionRequest:
+) -> VisionRequest | Naming:
+    model = options.pop("model", None)
     images = [_image(each) for each in (image if isinstance(image, list | tuple) else [image])]
-    return VisionRequest(images=images, chat=_chat(prompt, options))
+    return naming(model, VisionRequest(images=images, chat=_chat(prompt, options)))
 
 
 def _pdf_request(
     document: bytes | str | os.PathLike[str], prompt: Messages, options: PdfOptions
-) -> PdfRequest:
+) -> PdfRequest | Naming:
+    model = options.pop("model", None)
     sampling: dict[str, Any] = dict(options)
     own = {name: sampling.pop(name) for name in _PDF_OPTIONS if name in sampling}
     if own.get("pages") is not None:
         own["pages"] = list(own["pages"])
     data = document if isinstance(document, bytes) else Path(document).read_bytes()
     chat = _chat(prompt, sampling)
-    return read({"document": data, "chat": chat, **own}, PdfRequest)
+    return naming(model, read({"document": data, "chat": chat, **own}, PdfRequest))
 
 
 def _chat(prompt: Messages, options: Any) -> Conversation:
@@ -228,7 +231,7 @@ def _image(image: Any) -> bytes | np.ndarray:
 
 
 def _vision(
-    supervisor: Supervisor, driver: Driver, request: VisionRequest, timeout: float | None
+    supervisor: Supervisor, driver: Driver, request: VisionRequest | Naming, timeout: float | None
 ) -> Steps[ChatResult]:
     payload = yield from call(supervisor, driver, "vision", request, timeout)
     return read(payload, ChatResult)
