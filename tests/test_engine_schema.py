@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from inferpool.engine.grammar import Grammar, GrammarState
 from inferpool.engine.model import Model
 from inferpool.engine.ranges import integers, reals
-from inferpool.engine.schema import GrammarBuilder, literal
+from inferpool.engine.rules import GrammarBuilder, literal
+from inferpool.engine.schema import add_schema
 from inferpool.errors import InvalidRequest
 
 
 def gbnf(schema: Any) -> str:
     builder = GrammarBuilder()
-    return builder.gbnf(builder.schema(schema, "schema"))
+    return builder.gbnf(add_schema(builder, schema, "schema"))
 
 
 def accepts(model: Model, grammar: str, text: str) -> bool:
@@ -150,6 +151,15 @@ CASES: list[tuple[Any, list[Any], list[Any]]] = [
         [{"x": None}, {"kind": "a", "next": {"kind": "a"}}, {}],
     ),
     (True, [1, []], []),
+    # llama.cpp takes a count above 2,000 as no bound, and 2,000 itself as too much.
+    ({"type": "string", "maxLength": 2000}, ["", "a" * 2000], ["a" * 2001]),
+    ({"type": "string", "minLength": 2001}, ["a" * 2001, "a" * 2002], ["a" * 2000]),
+    ({"minItems": 1004, "maxItems": 2503, "items": {"const": 1}}, [[1] * 1004, [1] * 2503],
+     [[1] * 1003, [1] * 2504]),
+    ({"prefixItems": [{}], "items": {"const": 1}, "minItems": 2101}, [[1] * 2101],
+     [[1] * 2100, [1] * 2102]),
+    ({"allOf": [{"type": ["number", "null"]}, {"type": "integer"}]}, [1], [1.5, None]),
+    ({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}, [1], [2]),
 ]  # fmt: skip
 
 
@@ -165,6 +175,19 @@ def test_a_grammar_lets_instances_through_and_nothing_else(model: Model, case: A
             assert accepts(model, grammar, text), text
     for value in others:
         assert not accepts(model, grammar, json.dumps(value, ensure_ascii=False)), value
+
+
+def test_two_escapes_that_are_one_character_do_not_count_as_two(model: Model) -> None:
+    grammar = gbnf({"type": "string", "minLength": 2})
+    assert accepts(model, grammar, r'"\u00e9\uFFFF"')
+    assert not accepts(model, grammar, r'"\ud83d\ude00"')
+
+
+def test_no_number_is_rounded_to_the_bound_that_it_must_not_reach(model: Model) -> None:
+    for bound, text in (({"exclusiveMaximum": 100}, "99."), ({"exclusiveMinimum": -100}, "-99.")):
+        grammar = gbnf({"type": "number", **bound})
+        assert accepts(model, grammar, text + 12 * "9")
+        assert not accepts(model, grammar, text + 15 * "9")
 
 
 @pytest.mark.parametrize("text", ['{"a": 1', '"\n"', "01", "1.", '{"a": 1}}', "nul", '"\\x"'])
@@ -254,6 +277,11 @@ def test_a_literal_is_readable(text: str) -> None:
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is required"),
         ({"type": "object", "properties": []}, "properties must be a map"),
         ({"allOf": [{"minimum": 1}, {"minimum": "x"}]}, "no JSON schema"),
+        (
+            {"allOf": [{"exclusiveMaximum": False}, {"exclusiveMaximum": 3}]},
+            "'exclusiveMaximum' in several",
+        ),
+        ({"$ref": "#/anyOf/-1", "anyOf": [{}]}, "leads nowhere"),
         ({"type": "string", "minLength": -1}, "whole numbers"),
         ({"type": "string", "format": "date", "maxLength": 3}, "a format and a length"),
         ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]}, "to itself"),

@@ -25,7 +25,7 @@ from inferpool.engine.formats import (
 )
 from inferpool.engine.grammar import Grammar, GrammarState
 from inferpool.engine.model import Model
-from inferpool.engine.schema import GrammarBuilder
+from inferpool.engine.rules import GrammarBuilder
 from inferpool.engine.turns import as_text, turns
 from inferpool.errors import InvalidRequest
 from inferpool.messages import (

@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from inferpool.engine.formats import ToolFormat
-from inferpool.engine.schema import GrammarBuilder, literal
+from inferpool.engine.rules import GrammarBuilder, literal
+from inferpool.engine.schema import add_schema
 from inferpool.errors import InvalidRequest
 from inferpool.messages import FunctionDelta, Tool, ToolCallDelta
 
@@ -290,7 +291,7 @@ def forced_call(form: ToolFormat, tools: Sequence[Tool]) -> str:
         if form.shape == "tagged":
             arguments = _tagged(form, builder, schema, what)
         else:
-            arguments = builder.schema({"type": "object", **schema}, what)
+            arguments = add_schema(builder, {"type": "object", **schema}, what)
         call = f'{{"{form.name}": {json.dumps(name)}, "{form.arguments}": {{arguments}}}}'
         text = form.forced.replace("{call}", call).replace("{name}", name)
         before, _, after = text.partition("{arguments}")
@@ -306,7 +307,7 @@ def _tagged(form: ToolFormat, builder: GrammarBuilder, schema: Mapping[str, Any]
     parts = []
     for name, each in properties.items():
         is_text = isinstance(each, Mapping) and each.get("type") == "string" and "enum" not in each
-        value = "[^<]*" if is_text else builder.schema(each, f"{what}: {name!r}", schema)
+        value = "[^<]*" if is_text else add_schema(builder, each, f"{what}: {name!r}", schema)
         opening, closing = literal(f"{form.key}{name}{form.key_end}"), literal(form.value_end)
         part = builder.rule(f"{opening} {value} {closing}")
         parts.append(part if name in required else f"{part}?")

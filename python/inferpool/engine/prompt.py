@@ -12,7 +12,8 @@ from inferpool.engine.calls import forced_call
 from inferpool.engine.formats import Reasoning, ToolFormat, reasoning_of, tool_format_of
 from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
-from inferpool.engine.schema import GrammarBuilder
+from inferpool.engine.rules import GrammarBuilder
+from inferpool.engine.schema import add_schema
 from inferpool.engine.template import ChatTemplate
 from inferpool.engine.turns import Window, as_text, described, turns
 from inferpool.errors import ContextLengthExceeded, InvalidRequest
@@ -236,4 +237,4 @@ def grammar_of(request: Sampling) -> Grammar | None:
         return None
     builder = GrammarBuilder()
     schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
-    return Grammar(builder.gbnf(builder.schema(schema, "json_schema")))
+    return Grammar(builder.gbnf(add_schema(builder, schema, "json_schema")))

@@ -9,8 +9,6 @@ __all__ = ["integers", "reals"]
 # Digits of the longest number: what a float holds exactly.
 _DIGITS = 15
 _MOST = 10**_DIGITS - 1
-# Ends in a digit other than 0, so that what has a fraction is never a whole number.
-_FRACTION = f'"." [0-9]{{0,{_DIGITS - 1}}} [1-9]'
 
 
 def integers(low: float, high: float, above: bool = False, below: bool = False) -> str:
@@ -36,14 +34,18 @@ def reals(low: float, high: float, above: bool = False, below: bool = False) -> 
     """
     whole = integers(low, high, above, below)
     parts = [whole] if whole else []
+    # With more digits than a float tells apart from a bound, a number is read as that bound.
+    n_digits = max((len(str(int(abs(x)))) for x in (low, high) if abs(x) <= _MOST), default=1)
+    # Ends in a digit other than 0, so that what has a fraction is never a whole number.
+    fraction = f'"." [0-9]{{0,{max(_DIGITS - n_digits, 1) - 1}}} [1-9]'
     # k.f lies between k and k + 1, -k.f between -k - 1 and -k.
     low, high = max(low, -_MOST), min(high, _MOST)
     positive = _natural(max(0, math.ceil(low)), math.floor(high) - 1)
     negative = _natural(max(0, math.ceil(-high)), math.floor(-low) - 1)
     if positive:
-        parts.append(f"({' | '.join(positive)}) {_FRACTION}")
+        parts.append(f"({' | '.join(positive)}) {fraction}")
     if negative:
-        parts.append(f'"-" ({" | ".join(negative)}) {_FRACTION}')
+        parts.append(f'"-" ({" | ".join(negative)}) {fraction}')
     return " | ".join(parts)
 
 

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from inferpool.engine.overlap import (
     TYPES,
@@ -25,25 +26,14 @@ from inferpool.engine.overlap import (
     text_of,
 )
 from inferpool.engine.ranges import integers, reals
+from inferpool.engine.rules import GrammarBuilder, literal
 from inferpool.errors import InvalidRequest
 
-__all__ = ["GrammarBuilder", "literal"]
+__all__ = ["add_schema"]
 
-_RULES = {
-    # As much white space as reads well, so that a model can't go on with it for ever.
-    "ws": r'" " | "\n" [ \t]{0,20} | ""',
-    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
-    "string": r'"\"" char* "\""',
-    "boolean": '"true" | "false"',
-    "null": '"null"',
-    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
-    "number": 'integer ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?',
-    "object": '"{" ws (pair ("," ws pair)* ws)? "}"',
-    "pair": 'string ":" ws value',
-    "array": '"[" ws (value ("," ws value)* ws)? "]"',
-    "value": "object | array | string | number | boolean | null",
-}
-_DATE = '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | "1" [0-9] | "2" [0-8])'
+# Years from 100 on: Python knows no year 0.
+_YEAR = '("0" [1-9] | [1-9] [0-9]) [0-9]{2}'
+_DATE = f'{_YEAR} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | "1" [0-9] | "2" [0-8])'
 _TIME = '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? "Z"'
 # Every other format is an annotation, as the specification has it. Days stop where every month has
 # them.
@@ -80,69 +70,26 @@ _ITEMS = ("items", "prefixItems", "additionalItems")
 _MAX_STEPS = 20_000
 
 
-def literal(text: str) -> str:
-    """The GBNF of a fixed text."""
-    escaped = "".join(
-        character if character.isprintable() and character not in '"\\' else _escape(character)
-        for character in text
-    )
-    return f'"{escaped}"'
+def add_schema(builder: GrammarBuilder, schema: Any, what: str, root: Any = None) -> str:
+    """Add the JSON texts that are instances of a schema; returns the name of their rule.
 
+    Args:
+        schema: a JSON schema, as a map or a boolean.
+        what: the schema's name in messages.
+        root: the schema that it is a part of, to which its references refer; None: itself.
 
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\{character}" if character in '"\\' else f"\\U{code:08X}"
-
-
-class GrammarBuilder:
-    """Collects rules; each schema that is added becomes one of them."""
-
-    def __init__(self) -> None:
-        self._rules = dict(_RULES)
-        self._names: dict[str, str] = {}
-
-    def rule(self, body: str) -> str:
-        """Add a rule, or find the same one; returns its name."""
-        if body not in self._names:
-            self._names[body] = f"r{len(self._rules)}"
-            self._rules[self._names[body]] = body
-        return self._names[body]
-
-    def schema(self, schema: Any, what: str, root: Any = None) -> str:
-        """Add the JSON texts that are instances of a schema; returns the name of their rule.
-
-        Args:
-            schema: a JSON schema, as a map or a boolean.
-            what: the schema's name in messages.
-            root: the schema that it is a part of, to which its references refer; None: itself.
-
-        Raises:
-            InvalidRequest: the schema is none, asks for what a grammar can't keep to, or has no
-                instances; with the keyword and its place.
-        """
-        try:
-            return _Schema(self, schema if root is None else root, what).convert(schema)
-        except InvalidRequest:
-            raise
-        except RecursionError:
-            raise InvalidRequest(f"{what} is nested too deeply, or refers to itself") from None
-        except (AttributeError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"{what} is no JSON schema: {error}") from error
-
-    def reserve(self) -> str:
-        """A name for a rule that is to be defined later."""
-        name = f"r{len(self._rules)}"
-        self._rules[name] = ""
-        return name
-
-    def define(self, name: str, body: str) -> None:
-        """Define a rule whose name was reserved."""
-        self._rules[name] = body
-
-    def gbnf(self, root: str) -> str:
-        """The whole grammar, whose answers are what ``root``, a rule's body, describes."""
-        rules = [f"{name} ::= {body}" for name, body in self._rules.items()]
-        return "\n".join([f"root ::= {root}", *rules])
+    Raises:
+        InvalidRequest: the schema is none, asks for what a grammar can't keep to, or has no
+            instances; with the keyword and its place.
+    """
+    try:
+        return _Schema(builder, schema if root is None else root, what).convert(schema)
+    except InvalidRequest:
+        raise
+    except RecursionError:
+        raise InvalidRequest(f"{what} is nested too deeply, or refers to itself") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"{what} is no JSON schema: {error}") from error
 
 
 class _Schema:
@@ -252,11 +199,11 @@ class _Schema:
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
             raise self._refuse(path, f"$ref {target!r} is not within the schema")
         found = self._root
-        for part in target.split("/")[1:]:
+        for part in unquote(target).split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
             try:
-                found = found[int(key) if isinstance(found, list) else key]
-            except (KeyError, IndexError, ValueError, TypeError):
+                found = found[int(key) if isinstance(found, list) and key.isdecimal() else key]
+            except (KeyError, IndexError, TypeError):
                 raise self._refuse(path, f"$ref {target!r} leads nowhere") from None
         return found
 
@@ -316,12 +263,16 @@ class _Schema:
             return one
         if key == "required":
             return [*one, *other]
-        if key in {"minimum", "exclusiveMinimum", "minLength", "minItems"}:
+        # A bound that is a boolean, as before draft 6, compares with numbers in Python.
+        bounds = not isinstance(one, bool) and not isinstance(other, bool)
+        if bounds and key in {"minimum", "exclusiveMinimum", "minLength", "minItems"}:
             return max(one, other)
-        if key in {"maximum", "exclusiveMaximum", "maxLength", "maxItems"}:
+        if bounds and key in {"maximum", "exclusiveMaximum", "maxLength", "maxItems"}:
             return min(one, other)
         if key in {"type", "enum"}:
             ones, others = ([x] if isinstance(x, str) else x for x in (one, other))
+            if key == "type":  # every integer is a number
+                ones, others = ([*x, "integer"] if "number" in x else x for x in (ones, others))
             allowed = set(map(text_of, others))
             both = [item for item in ones if text_of(item) in allowed]
             if not both:
@@ -405,15 +356,17 @@ class _Schema:
             extra = least - len(fixed)
             if extra:
                 item = self._builder.rule(self._visit(items, f"{path}/items"))
-                fixed[-1] += f' ("," ws {item}){{{extra}}}'
+                more = self._builder.rule(f'"," ws {item}')
+                fixed[-1] += f" {self._builder.repeated(more, extra, extra)}"
             return '"[" ws ' + ' "," ws '.join(fixed) + ' ws "]"'
         if items is False or most == 0:
             if least:
                 raise self._refuse(path, "minItems asks for items and none is allowed")
             return '"[" ws "]"'
         item = self._builder.rule(self._visit(items, f"{path}/items"))
-        times = f"{{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
-        body = f'{item} ("," ws {item}){times} ws'
+        more = self._builder.rule(f'"," ws {item}')
+        at_most = None if most is None else most - 1
+        body = f"{item} {self._builder.repeated(more, max(least - 1, 0), at_most)} ws"
         return f'"[" ws {body} "]"' if least else f'"[" ws ({body})? "]"'
 
     def _string(self, schema: Mapping[str, Any], path: str) -> str:
@@ -424,7 +377,7 @@ class _Schema:
             return rf'"\"" {form} "\""'
         if not least and most is None:
             return "string"
-        return rf'"\"" char{{{least},{"" if most is None else most}}} "\""'
+        return rf'"\"" {self._builder.repeated("char", least, most)} "\""'
 
     def _bounds(self, schema: Mapping[str, Any], of: str, path: str) -> tuple[int, int | None]:
         least, most = schema.get(f"min{of}", 0), schema.get(f"max{of}")

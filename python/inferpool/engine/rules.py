@@ -1,0 +1,92 @@
+"""The parts that grammars are made of: GBNF, rule by rule."""
+
+from __future__ import annotations
+
+__all__ = ["GrammarBuilder", "literal"]
+
+_RULES = {
+    # As much white space as reads well, so that a model can't go on with it for ever.
+    "ws": r'" " | "\n" [ \t]{0,20} | ""',
+    # No surrogates, neither as bytes, which would be no UTF-8, nor as escapes, of which two are
+    # one character.
+    "char": r'[ !#-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF] | "\\" (["\\/bfnrt] | "u" code)',
+    "code": "[0-9a-cA-CefEF] [0-9a-fA-F]{3} | [dD] [0-7] [0-9a-fA-F]{2}",
+    "string": r'"\"" char* "\""',
+    "boolean": '"true" | "false"',
+    "null": '"null"',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+    "number": 'integer ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?',
+    "object": '"{" ws (pair ("," ws pair)* ws)? "}"',
+    "pair": 'string ":" ws value',
+    "array": '"[" ws (value ("," ws value)* ws)? "]"',
+    "value": "object | array | string | number | boolean | null",
+}
+# How often something is repeated in one go. llama.cpp refuses some counts from 2,000 on and takes
+# others as no bound at all; it makes as many rules as there may be repetitions.
+_MAX_TIMES = 500
+
+
+def literal(text: str) -> str:
+    """The GBNF of a fixed text."""
+    escaped = "".join(
+        character if character.isprintable() and character not in '"\\' else _escape(character)
+        for character in text
+    )
+    return f'"{escaped}"'
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\{character}" if character in '"\\' else f"\\U{code:08X}"
+
+
+class GrammarBuilder:
+    """Collects rules; each schema that is added becomes one of them."""
+
+    def __init__(self) -> None:
+        self._rules = dict(_RULES)
+        self._names: dict[str, str] = {}
+
+    def rule(self, body: str) -> str:
+        """Add a rule, or find the same one; returns its name."""
+        if body not in self._names:
+            self._names[body] = f"r{len(self._rules)}"
+            self._rules[self._names[body]] = body
+        return self._names[body]
+
+    def repeated(self, name: str, least: int, most: int | None) -> str:
+        """What stands for ``least`` to ``most`` of a rule, one after another; None: any number."""
+        if max(least, most or 0) <= _MAX_TIMES:
+            return f"{name}{{{least},{'' if most is None else most}}}"
+        rest = f"{name}*" if most is None else self._at_most(name, most - least)
+        return f"{self._exactly(name, least)} {rest}"
+
+    def _exactly(self, name: str, times: int) -> str:
+        if times <= _MAX_TIMES:
+            return f"{name}{{{times}}}" if times else '""'
+        half = self.rule(self._exactly(name, times // 2))
+        return f"{half} {half} {name}" if times % 2 else f"{half} {half}"
+
+    def _at_most(self, name: str, times: int) -> str:
+        if times <= _MAX_TIMES:
+            return f"{name}{{0,{times}}}"
+        if times % 2 == 0:
+            return self.rule(f'{name} {self._at_most(name, times - 1)} | ""')
+        # One more than half of them and up to half, or only the latter.
+        half = self.rule(self._at_most(name, times // 2))
+        return self.rule(f"{self._exactly(name, times // 2 + 1)} {half} | {half}")
+
+    def reserve(self) -> str:
+        """A name for a rule that is to be defined later."""
+        name = f"r{len(self._rules)}"
+        self._rules[name] = ""
+        return name
+
+    def define(self, name: str, body: str) -> None:
+        """Define a rule whose name was reserved."""
+        self._rules[name] = body
+
+    def gbnf(self, root: str) -> str:
+        """The whole grammar, whose answers are what ``root``, a rule's body, describes."""
+        rules = [f"{name} ::= {body}" for name, body in self._rules.items()]
+        return "\n".join([f"root ::= {root}", *rules])
