@@ -7,15 +7,19 @@ import random
 from typing import Any
 
 import jsonschema
-import jsonschema.validators
+import pytest
 from gbnf import Gbnf
-from hypothesis import event, given, reject
+from hypothesis import event, given, reject, settings
 from hypothesis import strategies as st
 from test_engine_schema import accepts, gbnf
 
+from inferpool.engine.answer import AnswerParser
+from inferpool.engine.calls import forced_call
+from inferpool.engine.formats import ToolFormat, _tool_formats
 from inferpool.engine.model import Model
 from inferpool.engine.overlap import TYPES
 from inferpool.errors import InvalidRequest
+from inferpool.messages import Tool, read
 
 NAMES = ["a", "b", 'é"', "c d"]
 FORMATS = jsonschema.FormatChecker(formats=["date", "uuid"])
@@ -150,6 +154,58 @@ def test_whatever_a_grammar_derives_is_an_instance(
     except InvalidRequest as error:
         assert "recursion" in str(error)  # noqa: PT017
     event("met")
+
+
+# Arguments of tools
+
+objects = st.fixed_dictionaries(
+    {"properties": st.dictionaries(st.sampled_from(NAMES), schemas, max_size=3)},
+    optional={
+        "type": st.just("object"),
+        "required": st.lists(st.sampled_from(NAMES), max_size=2),
+        "additionalProperties": schemas,
+    },
+)
+parameters = st.one_of(
+    objects,
+    objects.map(lambda each: {"$ref": "#/$defs/z", "$defs": {"z": each}}),
+    st.lists(objects, min_size=1, max_size=2).map(lambda parts: {"allOf": parts}),
+    st.lists(objects, min_size=1, max_size=2).map(lambda options: {"anyOf": options}),
+    st.tuples(objects, objects).map(lambda both: {**both[0], "anyOf": [both[1]]}),
+)
+every_form = pytest.mark.parametrize("form", _tool_formats(), ids=lambda form: form.forced[:20])
+
+
+@every_form
+@settings(max_examples=50)
+@given(parameters, schemas, schemas, st.randoms(use_true_random=False))
+def test_a_forced_call_is_read_as_one_with_valid_arguments(
+    form: ToolFormat, schema: Any, x: Any, y: Any, drawn: random.Random
+) -> None:
+    schema = {**schema, "$defs": {**schema.get("$defs", {}), "x": x, "y": y}}
+    tools = read(
+        [{"type": "function", "function": {"name": "f", "parameters": schema}}], list[Tool]
+    )
+    try:
+        grammar = Gbnf(forced_call(form, tools))
+    except InvalidRequest:
+        reject()
+    validator = jsonschema.Draft202012Validator(schema, format_checker=FORMATS)
+    for _ in range(10):
+        text = grammar.derive(drawn)
+        if text is None:
+            return
+        parser = AnswerParser(calls=form, tools=tools)
+        deltas = [parser.push(text.encode()), parser.finish("stop")]
+        calls = [call for delta in deltas if delta is not None for call in delta.tool_calls]
+        assert [call.function.name for call in calls if call.function.name] == ["f"], text
+        written = "".join(call.function.arguments or "" for call in calls)
+        arguments = json.loads(written)
+        assert isinstance(arguments, dict)
+        try:
+            validator.validate(arguments)
+        except RecursionError:
+            reject()
 
 
 # The other way: of what is plain, a grammar leaves nothing out.

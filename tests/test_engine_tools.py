@@ -14,18 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferpool.engine.answer import AnswerParser, collect
-from inferpool.engine.calls import _tagged, forced_call
+from inferpool.engine.calls import forced_call
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.formats import (
     Reasoning,
     ToolFormat,
-    _tool_formats,
     reasoning_of,
     tool_format_of,
 )
 from inferpool.engine.grammar import Grammar, GrammarState
 from inferpool.engine.model import Model
-from inferpool.engine.rules import GrammarBuilder
 from inferpool.engine.turns import as_text, turns
 from inferpool.errors import InvalidRequest
 from inferpool.messages import (
@@ -367,22 +365,6 @@ def test_a_required_call_is_made_by_any_model(engine: ChatEngine, temperature: f
     assert isinstance(arguments["city"], str)
     assert 1 <= arguments["days"] <= 7
     assert (result.text, result.finish_reason) == ("", "tool_calls")
-
-
-def test_arguments_one_by_one_may_refer_to_definitions() -> None:
-    place = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    tool: dict[str, Any] = {
-        "properties": {"place": {"$ref": "#/$defs/Place"}},
-        "required": ["place"],
-        "$defs": {"Place": place},
-    }
-    tagged = [form for form in _tool_formats() if form.shape == "tagged"]
-    assert tagged
-    for form in tagged:
-        builder = GrammarBuilder()
-        _tagged(form, builder, tool, "parameters")
-        with pytest.raises(InvalidRequest, match="no JSON schema"):
-            _tagged(form, builder, {"properties": []}, "parameters")
 
 
 def test_a_named_function_is_called_and_no_other(engine: ChatEngine) -> None:

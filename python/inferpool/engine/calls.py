@@ -6,13 +6,14 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NoReturn
 
 from inferpool.engine.formats import ToolFormat
+from inferpool.engine.overlap import kind_of, kinds
 from inferpool.engine.rules import GrammarBuilder, literal
 from inferpool.engine.schema import add_schema
-from inferpool.errors import InvalidRequest
+from inferpool.engine.tagged import add_arguments
 from inferpool.messages import FunctionDelta, Tool, ToolCallDelta
 
 __all__ = ["CallReader", "forced_call"]
@@ -27,6 +28,10 @@ _Wanting = Generator[None, None, Any]
 
 class _Broken(Exception):
     """The text is not what the format says."""
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 class CallReader:
@@ -160,16 +165,20 @@ class CallReader:
         return True
 
     def _typed(self, name: str, value: str) -> str:
-        """The JSON of an argument that was written as plain text, unless it is no string."""
+        """The JSON of an argument: what was written, or of plain text a string."""
         text = value.removeprefix("\n").removesuffix("\n")
         function = self._tools.get(self._function)
-        properties = ((function and function.parameters) or {}).get("properties", {})
-        declared = properties.get(name) if isinstance(properties, Mapping) else None
-        if not (isinstance(declared, Mapping) and declared.get("type") == "string"):
+        schema = function.parameters if function is not None else None
+        possible = kinds(schema, schema, name)
+        if possible != {"string"}:
             try:
-                return json.dumps(json.loads(text), ensure_ascii=False)
+                kind = kind_of(json.loads(text, parse_constant=_no_constant))
             except ValueError:
                 pass
+            else:
+                # A text may look like a number where there is none.
+                if kind in possible or "string" not in possible:
+                    return text.strip()
         return json.dumps(text, ensure_ascii=False)
 
     # What is told
@@ -282,33 +291,19 @@ def forced_call(form: ToolFormat, tools: Sequence[Tool]) -> str:
     Raises:
         InvalidRequest: a tool's parameters are a schema that can't be kept to.
     """
-    builder = GrammarBuilder()
+    builder = GrammarBuilder(tagged=form.shape == "tagged")
     alternatives = []
     for tool in tools:
         name = tool.function.name
         what = f"parameters of tool {name!r}"
         schema = tool.function.parameters or {"type": "object", "additionalProperties": False}
         if form.shape == "tagged":
-            arguments = _tagged(form, builder, schema, what)
+            arguments = add_arguments(form, builder, schema, what)
         else:
-            arguments = add_schema(builder, {"type": "object", **schema}, what)
+            an_object = {"allOf": [{"type": "object"}, schema]}
+            arguments = add_schema(builder, an_object, what, root=schema)
         call = f'{{"{form.name}": {json.dumps(name)}, "{form.arguments}": {{arguments}}}}'
         text = form.forced.replace("{call}", call).replace("{name}", name)
         before, _, after = text.partition("{arguments}")
         alternatives.append(f"{literal(before)} {arguments} {literal(after)}")
     return builder.gbnf(" | ".join(map(builder.rule, alternatives)))
-
-
-def _tagged(form: ToolFormat, builder: GrammarBuilder, schema: Mapping[str, Any], what: str) -> str:
-    """Arguments one by one, strings among them as plain text."""
-    properties, required = schema.get("properties", {}), schema.get("required", [])
-    if not isinstance(properties, Mapping) or not isinstance(required, list):
-        raise InvalidRequest(f"{what} are no JSON schema: properties or required is malformed")
-    parts = []
-    for name, each in properties.items():
-        is_text = isinstance(each, Mapping) and each.get("type") == "string" and "enum" not in each
-        value = "[^<]*" if is_text else add_schema(builder, each, f"{what}: {name!r}", schema)
-        opening, closing = literal(f"{form.key}{name}{form.key_end}"), literal(form.value_end)
-        part = builder.rule(f"{opening} {value} {closing}")
-        parts.append(part if name in required else f"{part}?")
-    return builder.rule(" ".join(parts) or '""')

@@ -5,10 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
-__all__ = ["TYPES", "both_properties", "disjoint", "is_a", "telling_property", "text_of"]
+__all__ = [
+    "TYPES",
+    "both_properties",
+    "disjoint",
+    "is_a",
+    "kind_of",
+    "kinds",
+    "referred",
+    "telling_property",
+    "text_of",
+]
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_KINDS = frozenset(TYPES) - {"integer"}
 _PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -27,9 +39,32 @@ def is_a(value: Any, name: str) -> bool:
     return isinstance(value, _PYTHON_TYPES[name])
 
 
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, that of a whole number being number too."""
+    return next(name for name in TYPES if is_a(value, name))
+
+
 def text_of(value: Any) -> str:
     """The JSON of a value; other values, such as 1 and true, which Python calls equal, differ."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def referred(root: Any, target: Any) -> Any:
+    """What a reference within a schema leads to.
+
+    Raises:
+        LookupError: it leads nowhere, or out of the schema.
+    """
+    if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
+        raise LookupError(f"$ref {target!r} is not within the schema")
+    found = root
+    for part in unquote(target).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        try:
+            found = found[int(key) if isinstance(found, list) and key.isdecimal() else key]
+        except (LookupError, TypeError):
+            raise LookupError(f"$ref {target!r} leads nowhere") from None
+    return found
 
 
 def both_properties(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,13 +98,64 @@ def _values(schema: Any) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
-def _kinds(schema: Mapping[str, Any]) -> set[str]:
+def _kinds(schema: Mapping[str, Any]) -> frozenset[str]:
     """The types that its instances may have, an integer being a number."""
     values, types = _values(schema), schema.get("type", TYPES)
-    if values is not None:
-        types = [name for name in TYPES if any(is_a(value, name) for value in values)]
     types = [types] if isinstance(types, str) else types
-    return {"number" if name == "integer" else name for name in types}
+    found = _KINDS.intersection("number" if name == "integer" else name for name in types)
+    if values is not None:
+        found &= {name for name in _KINDS if any(is_a(value, name) for value in values)}
+    return found
+
+
+def kinds(schema: Any, root: Any, name: str | None = None) -> frozenset[str]:
+    """The types that instances of a schema may have, and maybe more; an integer is a number.
+
+    Args:
+        schema: a JSON schema, which may be malformed.
+        root: the schema to which its references refer.
+        name: if given, it is this property of the instances that is asked about.
+    """
+    return _possible(schema, root, name, {})
+
+
+def _possible(
+    schema: Any, root: Any, name: str | None, seen: dict[tuple[int, str | None], frozenset[str]]
+) -> frozenset[str]:
+    if not isinstance(schema, Mapping):
+        return frozenset() if schema is False else _KINDS
+    place = (id(schema), name)
+    if place in seen:
+        return seen[place]
+    seen[place] = _KINDS  # while it is not known, as where a schema leads to itself
+    try:
+        found = _of_its_own(schema, root, name, seen)
+        parts = list(schema.get("allOf", []))
+        if "$ref" in schema:
+            parts.append(referred(root, schema["$ref"]))
+        for part in parts:
+            found &= _possible(part, root, name, seen)
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in schema:
+                options = [_possible(option, root, name, seen) for option in schema[keyword]]
+                found &= frozenset().union(*options)
+    except (AttributeError, LookupError, TypeError):  # no schema
+        found = _KINDS
+    seen[place] = found
+    return found
+
+
+def _of_its_own(
+    schema: Mapping[str, Any],
+    root: Any,
+    name: str | None,
+    seen: dict[tuple[int, str | None], frozenset[str]],
+) -> frozenset[str]:
+    """What the keywords that hold no options and no parts say."""
+    if name is None:
+        return _kinds(schema)
+    rest = schema.get("additionalProperties", True)
+    return _possible(schema.get("properties", {}).get(name, rest), root, None, seen)
 
 
 def disjoint(one: Any, other: Any) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 __all__ = ["GrammarBuilder", "literal"]
 
 _RULES = {
@@ -9,7 +12,8 @@ _RULES = {
     "ws": r'" " | "\n" [ \t]{0,20} | ""',
     # No surrogates, neither as bytes, which would be no UTF-8, nor as escapes, of which two are
     # one character.
-    "char": r'[ !#-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF] | "\\" (["\\/bfnrt] | "u" code)',
+    "char": r"[ !#-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF] | escape",
+    "escape": r'"\\" (["\\/bfnrt] | "u" code)',
     "code": "[0-9a-cA-CefEF] [0-9a-fA-F]{3} | [dD] [0-7] [0-9a-fA-F]{2}",
     "string": r'"\"" char* "\""',
     "boolean": '"true" | "false"',
@@ -20,6 +24,16 @@ _RULES = {
     "pair": 'string ":" ws value',
     "array": '"[" ws (value ("," ws value)* ws)? "]"',
     "value": "object | array | string | number | boolean | null",
+}
+# Between tags, a closing one must not stand within: no "</", in JSON as in plain text.
+_TAGGED_RULES = {
+    "char": r"[ !#-;=-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF] | escape",
+    "string": r'"\"" (char | "<"+ unslashed)* "<"* "\""',
+    "unslashed": r"[ !#-.0-;=-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF] | escape",
+    "text": r'(letter | "<"+ follower)* "<"*',
+    "letter": r"[\x01-;=-\uD7FF\uE000-\U0010FFFF]",
+    "follower": r"[\x01-.0-;=-\uD7FF\uE000-\U0010FFFF]",
+    "inline": r"[\x01-\t\x0B-;=-\uD7FF\uE000-\U0010FFFF]",
 }
 # How often something is repeated in one go. llama.cpp refuses some counts from 2,000 on and takes
 # others as no bound at all; it makes as many rules as there may be repetitions.
@@ -43,8 +57,16 @@ def _escape(character: str) -> str:
 class GrammarBuilder:
     """Collects rules; each schema that is added becomes one of them."""
 
-    def __init__(self) -> None:
-        self._rules = dict(_RULES)
+    def __init__(self, *, tagged: bool = False) -> None:
+        """Start with the rules of JSON.
+
+        Args:
+            tagged: what is written stands between tags, so that it must not hold ``</``. There are
+                rules for plain text then too: ``text``, its character ``letter``, and ``inline``,
+                which is one but for the end of a line.
+        """
+        self._tagged = tagged
+        self._rules = {**_RULES, **_TAGGED_RULES} if tagged else dict(_RULES)
         self._names: dict[str, str] = {}
 
     def rule(self, body: str) -> str:
@@ -53,6 +75,11 @@ class GrammarBuilder:
             self._names[body] = f"r{len(self._rules)}"
             self._rules[self._names[body]] = body
         return self._names[body]
+
+    def constant(self, value: Any) -> str:
+        """The GBNF of a value's JSON."""
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return literal(text.replace("</", r"<\/") if self._tagged else text)
 
     def repeated(self, name: str, least: int, most: int | None) -> str:
         """What stands for ``least`` to ``most`` of a rule, one after another; None: any number."""

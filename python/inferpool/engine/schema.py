@@ -15,21 +15,21 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
 
 from inferpool.engine.overlap import (
     TYPES,
     both_properties,
     disjoint,
     is_a,
+    referred,
     telling_property,
     text_of,
 )
 from inferpool.engine.ranges import integers, reals
-from inferpool.engine.rules import GrammarBuilder, literal
+from inferpool.engine.rules import GrammarBuilder
 from inferpool.errors import InvalidRequest
 
-__all__ = ["add_schema"]
+__all__ = ["SchemaConverter", "add_schema"]
 
 # Years from 100 on: Python knows no year 0.
 _YEAR = '("0" [1-9] | [1-9] [0-9]) [0-9]{2}'
@@ -74,6 +74,7 @@ def add_schema(builder: GrammarBuilder, schema: Any, what: str, root: Any = None
     """Add the JSON texts that are instances of a schema; returns the name of their rule.
 
     Args:
+        builder: the grammar.
         schema: a JSON schema, as a map or a boolean.
         what: the schema's name in messages.
         root: the schema that it is a part of, to which its references refer; None: itself.
@@ -82,18 +83,16 @@ def add_schema(builder: GrammarBuilder, schema: Any, what: str, root: Any = None
         InvalidRequest: the schema is none, asks for what a grammar can't keep to, or has no
             instances; with the keyword and its place.
     """
-    try:
-        return _Schema(builder, schema if root is None else root, what).convert(schema)
-    except InvalidRequest:
-        raise
-    except RecursionError:
-        raise InvalidRequest(f"{what} is nested too deeply, or refers to itself") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InvalidRequest(f"{what} is no JSON schema: {error}") from error
+    return SchemaConverter(builder, schema if root is None else root, what).convert(schema)
 
 
-class _Schema:
-    """One schema on its way into a grammar."""
+class SchemaConverter:
+    """One schema on its way into a grammar; its subclasses write some types in another way."""
+
+    character = "char"
+    """The rule of a character of a string."""
+    string = "string"
+    """The rule of any string."""
 
     def __init__(self, builder: GrammarBuilder, root: Any, what: str) -> None:
         self._builder = builder
@@ -102,8 +101,17 @@ class _Schema:
         self._names: dict[str, str] = {}
         self._n_steps = 0
 
-    def convert(self, schema: Any) -> str:
-        return self._builder.rule(self._visit(schema, "#"))
+    def convert(self, schema: Any, path: str = "#") -> str:
+        """Add the rule of a schema; see `add_schema`."""
+        try:
+            return self._builder.rule(self._visit(schema, path))
+        except InvalidRequest:
+            raise
+        except RecursionError:
+            problem = f"{self._what} is nested too deeply, or refers to itself"
+            raise InvalidRequest(problem) from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"{self._what} is no JSON schema: {error}") from error
 
     def _step(self, path: str) -> None:
         self._n_steps += 1
@@ -196,16 +204,10 @@ class _Schema:
         return self._choice(schema, path)
 
     def _resolve(self, target: Any, path: str) -> Any:
-        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise self._refuse(path, f"$ref {target!r} is not within the schema")
-        found = self._root
-        for part in unquote(target).split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            try:
-                found = found[int(key) if isinstance(found, list) and key.isdecimal() else key]
-            except (KeyError, IndexError, TypeError):
-                raise self._refuse(path, f"$ref {target!r} leads nowhere") from None
-        return found
+        try:
+            return referred(self._root, target)
+        except LookupError as error:
+            raise self._refuse(path, str(error.args[0])) from None
 
     def _target(self, schema: Any, path: str) -> Any:
         """What a schema that only refers to another refers to in the end; or itself."""
@@ -294,37 +296,47 @@ class _Schema:
             values = [value for value in values if any(is_a(value, name) for name in types)]
             if not values:
                 raise self._refuse(path, f"no value has the type {schema['type']!r}")
-        return " | ".join(literal(text_of(value)) for value in values)
+        return " | ".join(self._constants(values, path))
+
+    def _constants(self, values: Sequence[Any], _path: str) -> Iterable[str]:
+        return map(self._builder.constant, values)
 
     # One method per type, named after it.
 
     def _object(self, schema: Mapping[str, Any], path: str) -> str:
+        members = self._members(schema, path)
+        if not members:
+            additional = schema.get("additionalProperties", True)
+            # Beside properties that are forbidden by name there are only others.
+            if additional is False or schema.get("properties"):
+                return '"{" ws "}"'
+            value = self._builder.rule(self._visit(additional, f"{path}/additionalProperties"))
+            pair = self._builder.rule(f'string ":" ws {value}')
+            return f'"{{" ws ({pair} ("," ws {pair})* ws)? "}}"'
+        pairs = []
+        for name, each, is_required in members:
+            value = self._builder.rule(self._visit(each, f"{path}/properties/{name}"))
+            pair = self._builder.rule(f'{self._builder.constant(name)} ":" ws {value}')
+            pairs.append((pair, is_required))
+        return f'"{{" ws {self._pairs(pairs)} ws "}}"'
+
+    def _members(self, schema: Mapping[str, Any], path: str) -> list[tuple[str, Any, bool]]:
+        """Of each property that a schema names: name, schema, and whether it is required."""
         properties = schema.get("properties", {})
         required = schema.get("required", [])
-        additional = schema.get("additionalProperties", True)
         if not isinstance(properties, Mapping) or not isinstance(required, list):
             raise self._refuse(path, "properties must be a map and required a list")
         undeclared = [name for name in required if name not in properties]
+        additional = schema.get("additionalProperties", True)
         everything = {**properties, **dict.fromkeys(undeclared, additional)}
         for name, each in everything.items():
             if not isinstance(name, str):
                 raise self._refuse(path, f"a property's name is a string, not {name!r}")
             if each is False and name in required:
                 raise self._refuse(path, f"{name!r} is required and not allowed")
-        everything = {name: each for name, each in everything.items() if each is not False}
-        if not everything:
-            # Beside properties that are forbidden by name there are only others.
-            if additional is False or properties:
-                return '"{" ws "}"'
-            value = self._builder.rule(self._visit(additional, f"{path}/additionalProperties"))
-            pair = self._builder.rule(f'string ":" ws {value}')
-            return f'"{{" ws ({pair} ("," ws {pair})* ws)? "}}"'
-        pairs = []
-        for name, each in everything.items():
-            value = self._builder.rule(self._visit(each, f"{path}/properties/{name}"))
-            key = literal(json.dumps(name, ensure_ascii=False))
-            pairs.append((self._builder.rule(f'{key} ":" ws {value}'), name in required))
-        return f'"{{" ws {self._pairs(pairs)} ws "}}"'
+        return [
+            (name, each, name in required) for name, each in everything.items() if each is not False
+        ]
 
     def _pairs(self, pairs: Sequence[tuple[str, bool]]) -> str:
         """Pairs in order, the optional ones there or not, with commas between them."""
@@ -374,10 +386,13 @@ class _Schema:
         if (form := _FORMATS.get(schema.get("format", ""))) is not None:
             if least or most is not None:
                 raise self._refuse(path, "a grammar can't keep to a format and a length")
-            return rf'"\"" {form} "\""'
+            return self._quoted(form)
         if not least and most is None:
-            return "string"
-        return rf'"\"" {self._builder.repeated("char", least, most)} "\""'
+            return self.string
+        return self._quoted(self._builder.repeated(self.character, least, most))
+
+    def _quoted(self, body: str) -> str:
+        return rf'"\"" {body} "\""'
 
     def _bounds(self, schema: Mapping[str, Any], of: str, path: str) -> tuple[int, int | None]:
         least, most = schema.get(f"min{of}", 0), schema.get(f"max{of}")
