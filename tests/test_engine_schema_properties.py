@@ -72,6 +72,11 @@ leaves = st.one_of(
     st.lists(st.sampled_from(TYPES), min_size=1, max_size=3).map(lambda names: {"type": names}),
     maps(enum=st.lists(constants, min_size=1, max_size=4)),
     maps(const=constants, type=st.sampled_from(TYPES)),
+    # The same keywords twice.
+    st.lists(numeric, min_size=2, max_size=2).map(lambda parts: {"allOf": parts}),
+    st.lists(sizes, min_size=2, max_size=3).map(
+        lambda most: {"type": "string", "allOf": [{"maxLength": each} for each in most]}
+    ),
     st.sampled_from(["#", "#/$defs/x", "#/$defs/y"]).map(lambda target: {"$ref": target}),
 )
 
@@ -177,7 +182,7 @@ every_form = pytest.mark.parametrize("form", _tool_formats(), ids=lambda form: f
 
 
 @every_form
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(parameters, schemas, schemas, st.randoms(use_true_random=False))
 def test_a_forced_call_is_read_as_one_with_valid_arguments(
     form: ToolFormat, schema: Any, x: Any, y: Any, drawn: random.Random
