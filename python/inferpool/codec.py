@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,6 +41,8 @@ _TUPLE = 3
 _PLAIN = frozenset({type(None), bool, int, float, str})
 # Shorter bytes cost less inside the message than as a part.
 _INLINE_BYTES = 1024
+# More than an array's kind, dtype and shape take, but for the strangest.
+_HEAD_BYTES = 256
 _DTYPE_KINDS = frozenset("biufcSUmM")
 _DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,9}(\[\d{0,9}[a-zA-Z]{1,7}\])?")
 
@@ -57,6 +59,8 @@ def encode(kind: str, payload: Any) -> Parts:
     cls = type(payload)
     if (len(payload) < _INLINE_BYTES) if cls is bytes else (cls in _PLAIN):
         return kind, payload
+    if cls is np.ndarray:
+        return [_array_message(kind, payload.dtype, payload.shape), _flat(payload)]
     try:
         parts: list[Buffer] = [b""]
         parts[0] = _encode_message((kind, _pack(payload, parts)))
@@ -78,6 +82,10 @@ def decode(parts: Parts) -> tuple[str, Any]:
     try:
         if len(parts) == 1:
             return _decode_lone(parts[0])
+        if len(parts) == 2 and len(parts[0]) <= _HEAD_BYTES:
+            head = _array_head(bytes(parts[0]))
+            if head is not None:
+                return head[0], _view(parts[1], *head[1:])
         unpack = partial(_unpack, parts)
         message: _Message = msgspec.msgpack.decode(parts[0], type=_Message, ext_hook=unpack)
     except _UNDECODABLE as error:
@@ -123,7 +131,7 @@ def _pack(value: Any, parts: list[Buffer]) -> Any:
     if cls is tuple:
         return msgspec.msgpack.Ext(_TUPLE, _encode_message(_pack_items(value, parts)))
     if cls is bytes:
-        return value if len(value) < _INLINE_BYTES else _beside(_BYTES, [len(parts)], value, parts)
+        return value if len(value) < _INLINE_BYTES else _pack_bytes(value, parts)
     if cls is np.ndarray:
         return _pack_array(value, parts)
     if isinstance(value, msgspec.Struct):
@@ -144,19 +152,49 @@ def _pack_items(items: Sequence[Any], parts: list[Buffer]) -> Sequence[Any]:
     return [_pack(item, parts) for item in items]
 
 
+def _pack_bytes(value: bytes, parts: list[Buffer]) -> msgspec.msgpack.Ext:
+    parts.append(value)
+    return msgspec.msgpack.Ext(_BYTES, _encode_message([len(parts) - 1]))
+
+
 def _pack_array(array: np.ndarray, parts: list[Buffer]) -> msgspec.msgpack.Ext:
-    if array.dtype.kind not in _DTYPE_KINDS:
-        raise TypeError(f"a payload cannot hold an array of dtype {array.dtype}")
-    described = [len(parts), array.dtype.str, array.shape]
+    reference = _array_reference(len(parts), array.dtype, array.shape)
+    parts.append(_flat(array))
+    return reference
+
+
+def _flat(array: np.ndarray) -> Buffer:
     flat = np.ascontiguousarray(array).reshape(-1)
-    return _beside(_ARRAY, described, flat.view(np.uint8) if flat.size else b"", parts)
+    return flat.view(np.uint8) if flat.size else b""
 
 
-def _beside(
-    code: int, reference: Sequence[Any], buffer: Buffer, parts: list[Buffer]
+def _array_reference(
+    index: int, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> msgspec.msgpack.Ext:
-    parts.append(buffer)
-    return msgspec.msgpack.Ext(code, _encode_message(reference))
+    if dtype.kind not in _DTYPE_KINDS:
+        raise TypeError(f"a payload cannot hold an array of dtype {dtype}")
+    return msgspec.msgpack.Ext(_ARRAY, _encode_message([index, dtype.str, shape]))
+
+
+# A payload that is an array and nothing else is common, and mostly as the one before: to take its
+# message apart and to put it together takes longer than to copy 100 kB.
+
+
+@lru_cache(maxsize=256)
+def _array_message(kind: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The message beside an array that is the whole payload."""
+    return _encode_message((kind, _array_reference(1, dtype, shape)))
+
+
+@lru_cache(maxsize=256)
+def _array_head(message: bytes) -> tuple[str, np.dtype[Any], tuple[int, ...]] | None:
+    """Kind, dtype and shape, if this is such a message."""
+    kind, payload = _decode_pair(message)
+    if not isinstance(payload, msgspec.msgpack.Ext) or payload.code != _ARRAY:
+        return None
+    index, dtype, shape = msgspec.msgpack.decode(payload.data)
+    _part(index, [message, b""])
+    return kind, _dtype(dtype), tuple(shape)
 
 
 def _unpack(parts: Sequence[Buffer], code: int, data: memoryview) -> Any:
@@ -168,7 +206,7 @@ def _unpack(parts: Sequence[Buffer], code: int, data: memoryview) -> Any:
         return bytes(parts[_part(index, parts)])
     if code == _ARRAY:
         index, dtype, shape = items
-        return _unpack_array(parts[_part(index, parts)], dtype, shape)
+        return _view(parts[_part(index, parts)], _dtype(dtype), shape)
     raise ValueError(f"unknown extension {code}")
 
 
@@ -178,11 +216,14 @@ def _part(index: Any, parts: Sequence[Buffer]) -> int:
     return index
 
 
-def _unpack_array(part: Buffer, dtype_text: Any, shape: Any) -> np.ndarray:
+def _dtype(text: Any) -> np.dtype[Any]:
     # `numpy.dtype` accepts far more than the dtypes that may travel.
-    if not isinstance(dtype_text, str) or not _DTYPE.fullmatch(dtype_text):
-        raise ValueError(f"dtype {dtype_text!r} may not travel")
-    dtype = np.dtype(dtype_text)
+    if not isinstance(text, str) or not _DTYPE.fullmatch(text):
+        raise ValueError(f"dtype {text!r} may not travel")
+    return np.dtype(text)
+
+
+def _view(part: Buffer, dtype: np.dtype[Any], shape: Sequence[int]) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize != len(part):
         raise ValueError("array and buffer differ in size")
     return np.ndarray(tuple(shape), dtype, part)
@@ -194,6 +235,7 @@ _unpack_lone = partial(_unpack, ())
 _decode_lone: Callable[[Buffer], _Message] = msgspec.msgpack.Decoder(
     _Message, ext_hook=_unpack_lone
 ).decode
+_decode_pair: Callable[[Buffer], _Message] = msgspec.msgpack.Decoder(_Message).decode
 _decode_several: Callable[[bytes], list[_Message]] = msgspec.msgpack.Decoder(
     list[_Message], ext_hook=_unpack_lone
 ).decode

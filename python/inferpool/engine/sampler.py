@@ -120,6 +120,9 @@ class Sampler:
         """
         if self._grammar is not None:
             token = self._sample_constrained(self._grammar, context.logits(index))
+        elif self._likeliest:
+            # What the chain would choose too, for a sixth of the time: it copies every logit.
+            token = int(context.logits(index).argmax())
         else:
             token = int(lib.llama_sampler_sample(self._handle, context.handle, index))
         if self._request.logprobs:
@@ -195,10 +198,12 @@ class Sampler:
         seed = lib.LLAMA_DEFAULT_SEED if asked.seed is None else asked.seed
         greedy = asked.temperature < _GREEDY_TEMPERATURE
         self._memory = 0
+        self._likeliest = False
         if asked.mirostat == 0 or greedy:
             self._add_penalties()
         if greedy:
             self._add(lib.llama_sampler_init_greedy())
+            self._likeliest = not self._memory and not asked.logit_bias
             return
         if asked.mirostat == 0:
             self._add(lib.llama_sampler_init_top_k(asked.top_k))
