@@ -145,12 +145,12 @@ class FakeCaller:
 
 
 def tokens(engine: ChatEngine, request: ChatRequest, n: int) -> list[int]:
-    """The first ``n`` tokens of an answer that has at least one more."""
+    """The first ``n`` tokens of an answer, or all if it has fewer."""
     caller = FakeCaller()
     engine.submit(request, caller)
     engine.step()
     [answer] = engine._scheduler._active
-    while len(answer.tokens) < n:
+    while len(answer.tokens) < n and caller.outcome is None:
         engine.step()
     caller.gone = True
     engine.step()

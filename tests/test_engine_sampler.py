@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -97,8 +97,11 @@ def test_a_seed_gives_the_tokens_of_the_reference(
     reference.reset()
     reference._ctx.kv_cache_clear()
     reference.set_seed(42)
-    theirs = islice(reference.generate(prompt.tokens.tolist(), **{"temp": 0.8, **given}), 24)
-    assert ours == list(theirs)
+    theirs = reference.generate(prompt.tokens.tolist(), **{"temp": 0.8, **given})
+    # Where an answer is short depends on how the CPU rounds.
+    answer = takewhile(lambda token: not model.is_eog(token), theirs)
+    assert ours == list(islice(answer, 24))
+    assert ours
 
 
 # By hand
