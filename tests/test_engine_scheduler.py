@@ -76,6 +76,43 @@ def test_answers_are_decoded_together_and_each_is_its_own(
     assert [0, 1, 2] in decoded
 
 
+@pytest.mark.parametrize("lengths", [(20, 4, 20), (4, 12, 20), (20, 12, 4)], ids=str)
+def test_answers_stay_neighbours_when_one_between_them_ends(
+    engine: ChatEngine, decoded: list[list[int]], lengths: tuple[int, ...]
+) -> None:
+    questions = [("Tell me a story.", lengths[0]), ("Hi!", lengths[1]), ("Count.", lengths[2])]
+    alone = []
+    for question, length in questions:
+        caller = submit(engine, question, max_tokens=length, cache_prompt=False)
+        finish(engine)
+        alone.append(caller.text)
+    decoded.clear()
+    together = [
+        submit(engine, question, max_tokens=length, cache_prompt=False)
+        for question, length in questions
+    ]
+    finish(engine)
+    assert [caller.text for caller in together] == alone
+    in_twos = [batch for batch in decoded if len(batch) == len(set(batch)) == 2]
+    assert in_twos
+    assert all(abs(one - other) == 1 for one, other in in_twos)
+
+
+def test_a_memory_that_was_moved_is_found_again(
+    engine: ChatEngine, decoded: list[list[int]]
+) -> None:
+    first = submit(engine, "Name a colour.", max_tokens=2, cache_prompt=False)
+    second = submit(engine, "Hi!", max_tokens=4, cache_prompt=False)
+    third = submit(engine, LONG, max_tokens=8)
+    finish(engine)
+    assert {first.outcome, second.outcome, third.outcome} == {"end"}
+    decoded.clear()
+    finish_again = submit(engine, LONG, max_tokens=8)
+    finish(engine)
+    assert finish_again.text == third.text
+    assert len(decoded[0]) == 1
+
+
 def test_what_finds_no_room_waits_for_its_turn(engine: ChatEngine) -> None:
     callers = [submit(engine, f"Say {number}.", max_tokens=3) for number in range(8)]
     engine.step()

@@ -151,6 +151,7 @@ class Context:
                 f"n_batch={n_batch}, n_seq_max={n_seq_max}: {reason}"
             )
         self._abort: AbortToken | None = None
+        self._rows: dict[int, npt.NDArray[np.float32]] = {}
         self.n_batch: int = lib.llama_n_batch(self._handle)
         self._n_vocab = model.n_vocab
         self.n_seq_max = n_seq_max
@@ -224,7 +225,13 @@ class Context:
         pointer = lib.llama_get_logits_ith(self.handle, index)
         if not pointer:
             raise ModelError(f"the last batch has no output at {index}")
-        return np.ctypeslib.as_array(pointer, (self._n_vocab,))
+        # To make an array of a pointer takes longer than to look for its largest value, and the
+        # rows lie where they lay for the batch before.
+        address = ctypes.addressof(pointer.contents)
+        row = self._rows.get(address)
+        if row is None:
+            row = self._rows[address] = np.ctypeslib.as_array(pointer, (self._n_vocab,))
+        return row
 
     def clear(self) -> None:
         """Forget every sequence."""

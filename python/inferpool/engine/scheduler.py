@@ -27,9 +27,8 @@ __all__ = ["Caller", "Scheduler"]
 
 # Tokens of prompts that one step decodes at most while answers wait for their next token.
 _SHARED_CHUNK = 128
-# A common beginning that is shorter is computed again: it takes little time, and the result does
-# not depend on earlier calls, since llama.cpp rounds a token differently in another chunk.
-_LEAST_REUSE = 64
+# A common beginning that is shorter is computed again. To copy a memory takes about as long.
+_LEAST_REUSE = 16
 # How often a reader that is behind is looked after.
 _RETRY_SECONDS = 0.02
 
@@ -166,6 +165,7 @@ class Scheduler:
         try:
             self._drop_cancelled()
             self._admit()
+            self._close_ranks()
             self._continue_answers()
             self._read_prompts()
             self._untold = [answer for answer in self._untold if not self._end(answer)]
@@ -200,32 +200,70 @@ class Scheduler:
                 request.caller.fail(error)
                 continue
             if source is not slot:
-                self._context.copy_sequence(source.id, slot.id)
-                slot.tokens = source.tokens[:]
+                self._copy(source, slot)
             self._keep(slot, n_common)
             self._n_admitted += 1
             slot.used = self._n_admitted
             slot.free = False
             self._active.append(answer)
-        # Streams of neighbours are computed together.
-        self._active.sort(key=lambda answer: answer.slot.id)
 
     def _place(self, prompt: Prompt) -> tuple[_Slot, _Slot, int]:
-        """A free slot for ``prompt``, the slot whose memory begins like it, and how far."""
+        """A free slot for ``prompt``, the slot whose memory begins like it, and how far.
+
+        Without such a beginning it is one beside the answers under way, see `_close_ranks`.
+        """
         n_common, source = max(
             ((common_prefix(slot.tokens, prompt.tokens), slot) for slot in self._slots),
             key=lambda entry: (entry[0], entry[1].free),
         )
+        busy = {answer.slot.id for answer in self._active}
         oldest = min(
             (slot for slot in self._slots if slot.free),
-            key=lambda slot: (bool(slot.tokens), slot.used),
+            key=lambda slot: (
+                bool(busy) and busy.isdisjoint((slot.id - 1, slot.id + 1)),
+                bool(slot.tokens),
+                slot.used,
+            ),
         )
         if n_common < _LEAST_REUSE or not prompt.may_reuse:
             return oldest, oldest, 0
+        if common_prefix(oldest.tokens, prompt.tokens) == n_common:
+            return oldest, oldest, n_common
         # A memory that goes on for long after the common beginning may be asked for again.
         if source.free and 2 * n_common >= len(source.tokens):
             return source, source, n_common
         return oldest, source, n_common
+
+    def _close_ranks(self) -> None:
+        """Move answers so that their slots are neighbours, the only ones that are decoded together.
+
+        llama.cpp reads all the weights once for each row of neighbours. To move a memory takes far
+        less, and is done once.
+        """
+        self._active.sort(key=lambda answer: answer.slot.id)
+        n = len(self._active)
+        if not n or self._active[-1].slot.id - self._active[0].slot.id < n:
+            return
+
+        def loss(begin: int) -> tuple[int, int]:
+            """Memories to be overwritten, and when the latest of them was used."""
+            free = [slot for slot in self._slots[begin : begin + n] if slot.free]
+            return len(free), max((slot.used for slot in free if slot.tokens), default=0)
+
+        begin = min(range(len(self._slots) - n + 1), key=loss)
+        row = self._slots[begin : begin + n]
+        apart = [answer for answer in self._active if answer.slot not in row]
+        for answer, slot in zip(apart, [slot for slot in row if slot.free], strict=True):
+            left, answer.slot = answer.slot, slot
+            self._copy(left, slot)
+            slot.free, slot.used = False, left.used
+            left.free = True
+            self._keep(left, 0)
+        self._active.sort(key=lambda answer: answer.slot.id)
+
+    def _copy(self, source: _Slot, target: _Slot) -> None:
+        self._context.copy_sequence(source.id, target.id)
+        target.tokens = source.tokens[:]
 
     def _keep(self, slot: _Slot, length: int) -> None:
         """Make sure that memory holds the first ``length`` tokens of a slot and no more."""
