@@ -188,6 +188,20 @@ MUTANTS = [
     Mutant("worker.rs", "header.kind != Kind::Request || ", "", "hostile"),
     Mutant("worker.rs", " || header.slot >= SLOTS", "", "hostile"),
     Mutant("worker.rs", " || header.sequence != 0", "", "hostile"),
+    # What a host knows of its worker without asking.
+    Mutant(
+        "host.rs", "Ok(!lock(&self.calls).is_held(call))", "{ let _ = call; Ok(true) }", "channel"
+    ),
+    Mutant("host.rs", "if !self.pump(&mut reader, None) {", "if true {", "channel"),
+    Mutant(
+        "calls.rs", "call.received - call.published >= WINDOW", "call.received >= WINDOW", "channel"
+    ),
+    Mutant(
+        "host/send.rs",
+        "(&self.request_memory) >= position",
+        "(&self.request_memory) > position",
+        "channel",
+    ),
 ]
 
 

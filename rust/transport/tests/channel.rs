@@ -378,6 +378,46 @@ fn an_answer_pauses_at_the_window_until_somebody_takes_from_it() {
 }
 
 #[test]
+fn a_host_knows_whether_it_holds_a_worker_up() {
+    let pair = pair(4 * WINDOW);
+    let (call, port) = pair.open_call();
+    let quarter = payload(5, WINDOW / 4);
+    for _ in 0..4 {
+        data(&port, &quarter, PATIENT).unwrap();
+    }
+    assert!(!pair.host.is_reader_behind());
+    // A look reads what has arrived.
+    assert!(!pair.host.is_over(call).unwrap());
+    assert!(pair.host.is_reader_behind());
+    wait_data(&pair.host, call);
+    assert!(!pair.host.is_reader_behind());
+}
+
+#[test]
+fn a_host_knows_whether_a_request_was_taken() {
+    let pair = pair(1 << 16);
+    let mut outgoing = Outgoing::default();
+    let body = Gather::new(&[b"go"]).unwrap();
+    assert_eq!(outgoing.position(), None);
+    assert!(pair.host.try_send(&mut outgoing, &body, None).unwrap());
+    let position = outgoing.position().unwrap();
+    assert!(!pair.host.has_taken(position));
+    pair.receive();
+    assert!(pair.host.has_taken(position));
+}
+
+#[test]
+fn a_host_knows_when_a_worker_is_done_with_a_call_that_was_given_up() {
+    let pair = pair(1 << 16);
+    let (call, port) = pair.open_call();
+    assert!(!pair.host.is_over(call).unwrap());
+    pair.host.abandon(call);
+    assert!(!pair.host.is_over(call).unwrap());
+    end(&port);
+    assert!(pair.host.is_over(call).unwrap());
+}
+
+#[test]
 fn what_would_wait_can_be_tried_again() {
     let pair = pair(4 * WINDOW);
     assert!(pair.worker.poll().unwrap().is_none());
