@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from conftest import children, eventually, is_running
 
 from inferpool import Pool, PoolClosed
+from inferpool.testing import signal_worker
 
 TESTS = str(Path(__file__).parent)
 PREAMBLE = f"""
@@ -199,6 +201,30 @@ def test_ctrl_c_ends_a_waiting_call(pool: Pool, busy: bool) -> None:
     assert not is_running(pid)
     if busy:
         leader.join(10)
+
+
+@pytest.mark.parametrize("blocking", ["call", "ping", "close"])
+def test_a_signal_that_another_thread_gets_ends_a_wait_too(pool: Pool, blocking: str) -> None:
+    pool.start()
+    pid = signal_worker(pool, "echo", "SIGSTOP")
+    waits = {
+        "call": lambda: pool.call("echo", "echo", timeout=20),
+        "ping": lambda: pool.ping(timeout=20),
+        "close": lambda: pool.close(timeout=20),
+    }
+
+    def get_signal() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    timer = threading.Timer(0.3, get_signal)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        waits[blocking]()
+    assert time.monotonic() - began < 10  # so it was not the wait's own end
+    timer.join()
+    pool.close(timeout=0.1)
+    assert not is_running(pid)
 
 
 def test_ctrl_c_at_a_terminal_does_not_reach_the_worker() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,6 +18,10 @@ __all__ = ["LoopDriver", "ThreadDriver"]
 
 BREATH = 64
 """Calls answered at once, between two rounds of an event loop: a fraction of a millisecond."""
+
+_SIGNAL_SECONDS = 0.05
+"""How long the main thread waits before it looks for signals. Mostly they interrupt its wait, but the
+kernel may give one to another thread, while Python's handlers run in this one only."""
 
 T = TypeVar("T")
 _Told = asyncio.Future[None]
@@ -50,11 +55,13 @@ class ThreadDriver:
             return None
         incarnation, call, until, timeout = wait
         act = call.next if until == "event" else call.send
+        on_main = threading.current_thread() is threading.main_thread()
+        turn = _SIGNAL_SECONDS if on_main else SLICE_SECONDS
         left = timeout
         while True:
             began = time.monotonic()
             try:
-                return act(SLICE_SECONDS if left is None else min(SLICE_SECONDS, left))
+                return act(turn if left is None else min(turn, left))
             except CallTimeout:
                 incarnation.check()
                 if left is not None:
