@@ -20,8 +20,8 @@ BREATH = 64
 """Calls answered at once, between two rounds of an event loop: a fraction of a millisecond."""
 
 _SIGNAL_SECONDS = 0.05
-"""How long the main thread waits before it looks for signals. Mostly they interrupt its wait, but the
-kernel may give one to another thread, while Python's handlers run in this one only."""
+"""How long the main thread waits before it looks for signals. Mostly they interrupt its wait, but
+the kernel may give one to another thread, while Python's handlers run in this one only."""
 
 T = TypeVar("T")
 _Told = asyncio.Future[None]
