@@ -214,7 +214,7 @@ class HostChannel:
         """
 
     def ask(self, parts: _Parts, notifier: LoopNotifier | None = None) -> _Parts | Call | None:
-        """As `open`, and spin for the answer for at most 5 µs, as long as that pays.
+        """As `open`, and spin for the answer for at most 10 µs, as long as that pays.
 
         The GIL is kept meanwhile.
 

@@ -16,7 +16,7 @@ pub(crate) const WORKER_PATIENCE: u32 = u32::MAX;
 const PROBE_EVERY: u32 = 16;
 /// From then on the CPU is offered to others between looks: if the scheduler has put the peer on
 /// this very CPU, which it likes to do on waking, it can't answer before.
-pub(crate) const ALONE: Duration = Duration::from_micros(5);
+pub(crate) const ALONE: Duration = Duration::from_micros(10);
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
 
