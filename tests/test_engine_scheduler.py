@@ -134,6 +134,35 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine: ChatEngine) -> None
     assert long.outcome == short.outcome == "end"
 
 
+def test_who_is_read_to_the_end_does_not_wait_for_the_chunk_of_another(
+    engine: ChatEngine, decoded: list[list[int]]
+) -> None:
+    reading = submit(engine, LONG * 3)
+    engine.step()
+    decoded.clear()
+    short = submit(engine, "Hi!", max_tokens=1)
+    while not short.deltas:
+        engine.step()
+    finishing, rest = decoded[-2:]
+    assert len(set(finishing)) == len(set(rest)) == 1
+    assert set(finishing) != set(rest)
+    finish(engine)
+    assert reading.outcome == short.outcome == "end"
+
+
+def test_prompts_that_share_an_odd_chunk_are_both_read(model: Model) -> None:
+    engine = ChatEngine(model, n_ctx=512, n_batch=61, n_parallel=2, n_threads=1)
+    callers = [submit(engine, "bee " * 40), submit(engine, "fly " * 40)]
+    finish(engine)
+    engine.close()
+    alone = ChatEngine(model, n_ctx=512, n_batch=61, n_parallel=2, n_threads=1)
+    for caller, text in zip(callers, ("bee ", "fly "), strict=True):
+        expected = submit(alone, text * 40, cache_prompt=False)
+        finish(alone)
+        assert caller.text == expected.text
+    alone.close()
+
+
 def test_answers_go_on_while_a_prompt_is_read(engine: ChatEngine) -> None:
     talking = submit(engine, "Tell me a story.", max_tokens=20)
     while not talking.deltas:

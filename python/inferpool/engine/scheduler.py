@@ -312,8 +312,13 @@ class Scheduler:
             if n:
                 room -= n
                 chunks.append((answer, answer.unread(n)))
-        tokens = (answer.caller.abort for answer, _ in chunks)
-        self._compute(chunks, functools.reduce(lambda one, other: one.union(other), tokens))
+        # llama.cpp computes sequences of unequal length one after the other anyway, so whoever is
+        # read to the end need not wait for the others' chunks before the first token.
+        whole = [each for each in chunks if len(each[1]) == each[0].n_unread]
+        for part in (whole, [each for each in chunks if each not in whole]):
+            if part:
+                tokens = (answer.caller.abort for answer, _ in part)
+                self._compute(part, functools.reduce(lambda one, other: one.union(other), tokens))
 
     def _compute(self, chunks: Sequence[_Chunk], abort: AbortToken | None) -> None:
         """Decode the next tokens of answers, and draw one for each that has none left."""
