@@ -374,7 +374,8 @@ class Scheduler:
             return
         if not goes_on:
             self._release(answer)
-            self._untold.append(answer)
+            if not self._end(answer):
+                self._untold.append(answer)
 
 
 def common_prefix(memory: Sequence[int], prompt: npt.NDArray[np.int32]) -> int:
