@@ -14,6 +14,10 @@
     pairs       query, document -> tokens   grammar    GBNF -> which tokens may follow
                                             answer     tokens -> pieces of an answer
                                             text       token bytes -> whole characters
+    schema      JSON schema -> GBNF, with `overlap`, `ranges` and `rules`
+    calls       tools -> GBNF, and what a model wrote -> calls, with `formats` and `tagged`
+    turns       messages -> those that there is room for; jinja: templates in bounds
+    abort       how a call that is being served can be stopped
     images      files, PDF pages -> pixels
     projector   pixels -> what a language model reads
     vision      images, messages -> streamed text

@@ -226,7 +226,8 @@ class Context:
         if not pointer:
             raise ModelError(f"the last batch has no output at {index}")
         # To make an array of a pointer takes longer than to look for its largest value, and the
-        # rows lie where they lay for the batch before.
+        # rows lie where they lay for the batch before. An array that was kept is only used for an
+        # address that llama.cpp has just named.
         address = ctypes.addressof(pointer.contents)
         row = self._rows.get(address)
         if row is None:

@@ -12,16 +12,12 @@ from inferpool._transport import Call, Event, LoopNotifier
 from inferpool.errors import CallTimeout, InferpoolError
 from inferpool.host.calls import Steps, Wait
 from inferpool.host.incarnation import Incarnation
-from inferpool.host.watch import SLICE_SECONDS
+from inferpool.host.watch import SIGNAL_SECONDS, SLICE_SECONDS
 
 __all__ = ["LoopDriver", "ThreadDriver"]
 
 BREATH = 64
 """Calls answered at once, between two rounds of an event loop: a fraction of a millisecond."""
-
-_SIGNAL_SECONDS = 0.05
-"""How long the main thread waits before it looks for signals. Mostly they interrupt its wait, but
-the kernel may give one to another thread, while Python's handlers run in this one only."""
 
 T = TypeVar("T")
 _Told = asyncio.Future[None]
@@ -56,7 +52,7 @@ class ThreadDriver:
         incarnation, call, until, timeout = wait
         act = call.next if until == "event" else call.send
         on_main = threading.current_thread() is threading.main_thread()
-        turn = _SIGNAL_SECONDS if on_main else SLICE_SECONDS
+        turn = SIGNAL_SECONDS if on_main else SLICE_SECONDS
         left = timeout
         while True:
             began = time.monotonic()

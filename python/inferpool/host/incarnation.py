@@ -32,7 +32,7 @@ from inferpool.host.process import (
 )
 from inferpool.host.spec import RoleSpec
 from inferpool.host.status import WorkerStatus
-from inferpool.host.watch import Watch
+from inferpool.host.watch import SIGNAL_SECONDS, Watch
 from inferpool.messages import ErrorInfo, Ready, WorkerArguments
 
 __all__ = ["Incarnation", "remote_error"]
@@ -332,7 +332,10 @@ class Incarnation:
 
     def end(self, timeout: float = 0.0) -> None:
         """Make sure that the worker has ended: by SIGKILL after `timeout` seconds. Idempotent."""
-        self.channel.wait_death(timeout)
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            if self.channel.wait_death(min(SIGNAL_SECONDS, left)):
+                break
         with self._lock:
             if self._exit is None:
                 self._poll_start()

@@ -1,8 +1,8 @@
 """Tells a busy worker from a stuck one.
 
 Nobody watches a worker that has nothing to do. While calls are in flight, whoever waits for one
-looks every `SLICE_SECONDS`: it takes the heartbeat's last answer and asks again, without waiting.
-Time counts as frozen only when it was looked at: a host that was itself stopped, or too busy to
+looks at least every `SLICE_SECONDS`: it takes the heartbeat's last answer and asks again, without
+waiting. Time counts as frozen only when it was looked at: a host that was itself stopped, or too busy to
 look, has seen nothing.
 """
 
@@ -14,10 +14,13 @@ import time
 from inferpool._transport import Call, HostChannel, Progress
 from inferpool.errors import CallTimeout, InferpoolError
 
-__all__ = ["SLICE_SECONDS", "Watch"]
+__all__ = ["SIGNAL_SECONDS", "SLICE_SECONDS", "Watch"]
 
 SLICE_SECONDS = 0.2
-"""How long a caller waits before it looks at its worker's progress."""
+"""How long a caller waits at most before it looks at its worker's progress."""
+SIGNAL_SECONDS = 0.05
+"""How long the main thread waits at most before it looks for signals. Mostly they interrupt its
+wait, but the kernel may give one to another thread, and Python's handlers run in this one only."""
 _LATE_SECONDS = 1.0
 """Passed between two looks only if the host itself did not run."""
 

@@ -3,7 +3,6 @@
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use inferpool_transport::control::Control;
 use inferpool_transport::{Error, Event, Host, Notifier, Outgoing};
@@ -13,10 +12,6 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::event::{self, PyEvent, is_short_message, messages};
 use crate::python::{Parts, Raised, SENT_AT_ONCE, deadline, patiently, settings};
-
-/// How long a thread waits before it looks for signals. Mostly they interrupt its wait, but the kernel
-/// may give one to another thread, and Python's handlers run in the main thread only.
-const SIGNAL_TURN: Duration = Duration::from_millis(50);
 
 /// The doorbell of an event loop.
 #[pyclass(frozen, name = "LoopNotifier", module = "inferpool._transport")]
@@ -149,15 +144,10 @@ impl PyHostChannel {
     fn wait_death(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
         let until = deadline(timeout)?;
         loop {
-            let turn = Instant::now() + SIGNAL_TURN;
-            let last = until.is_some_and(|until| until <= turn);
-            let turn = if last { until } else { Some(turn) };
-            match py.detach(|| self.0.wait_death(turn)) {
-                Ok(false) if !last => {}
-                Err(Error::Interrupted) => {}
+            match py.detach(|| self.0.wait_death(until)) {
+                Err(Error::Interrupted) => py.check_signals()?,
                 result => return Ok(result.map_err(Raised::from)?),
             }
-            py.check_signals()?;
         }
     }
 

@@ -330,9 +330,9 @@ fn lower(flag: &AtomicU32) {
     }
 }
 
-/// Takes down the other side's armed flag; `true` means that it was up. The load keeps the common case, nobody
-/// sleeping, free of a locked instruction. An exchange that fails writes nothing, so a flag that
-/// its owner took down and put up again is never overwritten by what was seen before.
+/// Takes down the other side's armed flag; `true` means that it was up. The load keeps the common
+/// case, nobody sleeping, free of a locked instruction. An exchange that fails writes nothing, so a
+/// flag that its owner took down and put up again is never overwritten by what was seen before.
 fn take_flag(flag: &AtomicU32) -> bool {
     let is_up = flag.load(Ordering::Relaxed) == 1;
     is_up
