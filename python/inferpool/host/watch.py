@@ -2,8 +2,8 @@
 
 Nobody watches a worker that has nothing to do. While calls are in flight, whoever waits for one
 looks at least every `SLICE_SECONDS`: it takes the heartbeat's last answer and asks again, without
-waiting. Time counts as frozen only when it was looked at: a host that was itself stopped, or too busy to
-look, has seen nothing.
+waiting. Time counts as frozen only when it was looked at: a host that was itself stopped, or too
+busy to look, has seen nothing.
 """
 
 from __future__ import annotations
