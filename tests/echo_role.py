@@ -134,6 +134,10 @@ def die(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     time.sleep(30)
 
 
+def be_killed(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def scribble(reply: Reply, payload: str, state: WorkerLoopState) -> None:
     """Do what a worker that was taken over might: write where it must not, and say what is wrong.
 
@@ -165,6 +169,14 @@ def scribble(reply: Reply, payload: str, state: WorkerLoopState) -> None:
         steps = {"far ahead": 1 << 40, "misaligned": 1, "backwards": -32}
         tail.value += steps.get(payload, 64)
     time.sleep(60)
+
+
+def devour(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Take memory until the kernel ends that; it shall choose this process, not the host."""
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    held = []
+    while True:
+        held.append(b"x" * (8 << 20))
 
 
 def exit_now(reply: Reply, payload: int, state: WorkerLoopState) -> None:
@@ -242,7 +254,9 @@ HANDLERS: dict[str, KindHandler] = {
     "raise": raise_,
     "unencodable": unencodable,
     "die": die,
+    "be_killed": be_killed,
     "scribble": scribble,
+    "devour": devour,
     "exit": exit_now,
     "exit_once": exit_once,
     "assert": assert_,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import json
 import os
 import resource
 import shutil
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from inferpool import (
     WorkerCrashed,
     WorkerStartError,
 )
+from inferpool.host.process import oom_counts
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
@@ -319,6 +323,85 @@ def test_a_worker_stopped_while_it_starts_fails_its_calls_and_is_replaced() -> N
         with pytest.raises(WorkerStartError, match="did not start within 2 s"):
             next(stream)
         assert pool.call("slow", "echo", 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "counts"),
+    [
+        ("4:memory:/a/b\n1:cpu:/c\n0::/\n", "/sys/fs/cgroup/memory/a/b/memory.oom_control"),
+        ("4:cpu,memory:/a\n0::/d\n", "/sys/fs/cgroup/memory/a/memory.oom_control"),
+        ("0::/user.slice/a.scope\n", "/sys/fs/cgroup/user.slice/a.scope/memory.events"),
+        ("1:cpu:/a\n", None),
+    ],
+)
+def test_both_versions_of_control_groups_are_known(groups: str, counts: str | None) -> None:
+    found = oom_counts(groups)
+    assert (str(found[0]) if found else None) == counts
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """A control group that gets so many bytes: the file in it that takes the pids of members.
+
+    Raises:
+        OSError: none can be made here.
+    """
+    counts, *_ = oom_counts(Path("/proc/self/cgroup").read_text())
+    own, is_first_version = counts.parent, counts.name == "memory.oom_control"
+    # In version 2 a group with members can't share its memory out; the one above it may.
+    above = own if is_first_version or own == Path("/sys/fs/cgroup") else own.parent
+    group = above / f"inferpool-test-{os.getpid()}"
+    group.mkdir()
+    limits = {"memory.max": limit, "memory.swap.max": 0}
+    if is_first_version:
+        limits = {"memory.limit_in_bytes": limit, "memory.memsw.limit_in_bytes": limit}
+    bound, swap = limits
+    try:
+        (group / bound).write_text(str(limits[bound]))
+        if (group / swap).exists():  # not where the kernel does not count it
+            (group / swap).write_text(str(limits[swap]))
+        yield group / "cgroup.procs"
+    finally:
+        assert eventually(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_the_kernel_s_kill_for_want_of_memory_is_told_from_others() -> None:
+    script = (
+        "import json, os, sys\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"  # so that its workers are members too
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from conftest import TIRELESS, echo_role\n"
+        "from inferpool import PoisonousRequest, Pool, WorkerCrashed\n"
+        "outcomes = []\n"
+        "def ask(role, kind, payload=None):\n"
+        "    try: outcomes.append(pool.call(role, kind, payload))\n"
+        "    except WorkerCrashed as error: outcomes.append([error.exit, error.cause])\n"
+        "    except PoisonousRequest: outcomes.append('poisonous')\n"
+        "with Pool(greedy=echo_role(), other=echo_role(), policy=TIRELESS) as pool:\n"
+        "    pool.start()\n"
+        "    ask('greedy', 'devour'); ask('greedy', 'echo', 'next')\n"
+        # Of the second one's life the first one's end is a part.
+        "    ask('greedy', 'be_killed'); ask('other', 'be_killed')\n"
+        "    ask('greedy', 'devour'); ask('greedy', 'devour'); ask('other', 'echo', 'next')\n"
+        "print(json.dumps(outcomes))\n"
+    )
+    try:
+        ending = contextlib.ExitStack()
+        members = ending.enter_context(memory_group(300 << 20))
+    except OSError as error:
+        pytest.skip(f"no control group can be made: {error}")
+    with ending:
+        arguments = [sys.executable, "-c", script, str(members), str(Path(__file__).parent)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=50, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)
+    for_memory = ["SIGKILL", "killed by the kernel for want of memory"]
+    by_others = ["SIGKILL", None]
+    assert json.loads(done.stdout) == [
+        *(for_memory, "next"),
+        *(by_others, by_others),
+        *(for_memory, "poisonous", "next"),
+    ]
 
 
 def test_a_storm_of_kills_gives_each_call_its_answer_or_a_crash() -> None:

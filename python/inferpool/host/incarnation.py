@@ -24,10 +24,10 @@ from inferpool.errors import (
 )
 from inferpool.host.flight import Flight
 from inferpool.host.process import (
+    OomWitness,
     RoleLogFile,
     WorkerProcess,
     native_message,
-    oom_kills,
     resident_bytes,
 )
 from inferpool.host.spec import RoleSpec
@@ -91,7 +91,7 @@ class Incarnation:
         self._stuck = False
         self.asked_to_end = False
         self._in_flight: tuple[str, ...] = ()
-        self._oom_kills = oom_kills()
+        self._oom_witness = OomWitness()
         self._start_call: Call | None = None
         self._start_id = 0
         self._start_error: InferpoolError | None = None
@@ -345,8 +345,9 @@ class Incarnation:
                 self._exit = self._process.reap(_REAP_SECONDS)
                 self._tail = self._log.tail()
                 self._native = native_message(self._tail)
-                if self._exit == "SIGKILL" and self._cause is None and not self.asked_to_end:
-                    self._cause = self._who_killed()
+                unexplained = self._exit == "SIGKILL" and self._cause is None
+                if unexplained and not self.asked_to_end and self._oom_witness.saw_kill():
+                    self._cause = "killed by the kernel for want of memory"
                 self._log.append(self.epitaph())
                 self._log.close()
                 if self._ladder is not None:
@@ -370,12 +371,6 @@ class Incarnation:
     def suspect(self) -> Flight | None:
         """After a crash that a request may have caused: the only one that the worker had taken."""
         return self._suspect if self.by_itself and self.ready is not None else None
-
-    def _who_killed(self) -> str | None:
-        now = oom_kills()
-        if now is not None and self._oom_kills is not None and now > self._oom_kills:
-            return "killed by the kernel for want of memory"
-        return None
 
     @property
     def crashed(self) -> bool:

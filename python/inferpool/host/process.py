@@ -9,13 +9,21 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inferpool.config import worker_environment
 
-__all__ = ["RoleLogFile", "WorkerProcess", "native_message", "oom_kills", "resident_bytes"]
+__all__ = [
+    "OomWitness",
+    "RoleLogFile",
+    "WorkerProcess",
+    "native_message",
+    "oom_counts",
+    "resident_bytes",
+]
 
 _TAIL_BYTES = 4096
 _TAIL_LINES = 30
@@ -156,21 +164,57 @@ def resident_bytes(pid: int) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def oom_kills() -> int | None:
+class OomWitness:
+    """Tells whether it was the kernel, for want of memory, that killed a worker with SIGKILL.
+
+    The kernel only counts whom it killed in a control group, so each of its kills accounts for one
+    worker: one that lives on must not be told by it when something else ends it later.
+    """
+
+    _lock = threading.Lock()
+    _accounted = 0
+
+    def __init__(self) -> None:
+        """Begin to watch, before the worker is started."""
+        self._before = _oom_kills()
+
+    def saw_kill(self) -> bool:
+        """Whether there was a kill meanwhile that accounts for no other worker."""
+        now = _oom_kills()
+        if now is None or self._before is None:
+            return False
+        with OomWitness._lock:
+            known = max(self._before, OomWitness._accounted)
+            if now <= known:
+                return False
+            OomWitness._accounted = known + 1
+        return True
+
+
+def _oom_kills() -> int | None:
     """How many processes of this control group the kernel has killed for want of memory.
 
     None where that cannot be known, as in the root group.
     """
     try:
         groups = Path("/proc/self/cgroup").read_text()
-        # Version 1 if the controller is named, version 2 otherwise.
-        if named := re.search(r"^\d+:(?:.*,)?memory(?:,.*)?:/(.*)$", groups, re.MULTILINE):
-            counts = Path("/sys/fs/cgroup/memory", named.group(1), "memory.oom_control")
-        elif unified := re.search(r"^0::/(.*)$", groups, re.MULTILINE):
-            counts = Path("/sys/fs/cgroup", unified.group(1), "memory.events")
-        else:
-            return None
-        count = re.search(r"^oom_kill (\d+)$", counts.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return None if count is None else int(count.group(1))
+    for counts in oom_counts(groups):
+        with contextlib.suppress(OSError):
+            count = re.search(r"^oom_kill (\d+)$", counts.read_text(), re.MULTILINE)
+            return None if count is None else int(count.group(1))
+    return None
+
+
+def oom_counts(groups: str) -> list[Path]:
+    """The files that may have the count, by what ``/proc/self/cgroup`` says."""
+    # Version 1 if the controller is named, version 2 otherwise.
+    if named := re.search(r"^\d+:(?:.*,)?memory(?:,.*)?:/(.*)$", groups, re.MULTILINE):
+        mounted, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+    elif named := re.search(r"^0::/(.*)$", groups, re.MULTILINE):
+        mounted, name = Path("/sys/fs/cgroup"), "memory.events"
+    else:
+        return []
+    # A container may see nothing but its own group, mounted as if it were the root.
+    return [mounted / named.group(1) / name, mounted / name]
