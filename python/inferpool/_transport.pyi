@@ -142,6 +142,15 @@ class Call:
             PeerDied, PoolClosed, ProtocolError: the channel has ended.
         """
 
+    def answer(self, timeout: float | None = None) -> _Parts | None:
+        """Wait for the end, and take the answer if that is one item, in the form of `Event.parts`.
+
+        None: it is anything else, which `next` tells item by item.
+
+        Raises:
+            CallTimeout: there was no end within `timeout` seconds. The call goes on.
+        """
+
     def poll(self) -> Event | None:
         """What happened next, or None. Never waits. Raises as `next` does."""
 

@@ -52,6 +52,9 @@ QUEUE_SECONDS = 30.0
 """How long a request waits for space behind a worker that does not read; then `QueueFull`."""
 
 
+NAP_SECONDS = 0.05
+"""How long a thread waits for an answer before it begins to look at its worker and for signals."""
+
 Wait = tuple[Incarnation, Call, Literal["sent", "event"], float | None]
 """What has to be waited for: that a request is out, or that something happens to a call, with
 whom, and for how many seconds at most."""
@@ -63,11 +66,12 @@ _PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
 class Deadline:
-    """The end of a call's ``timeout``."""
+    """The end of a call's ``timeout``, which began with the call, at `began`, or begins now."""
 
-    __slots__ = ("_at", "_timeout")
+    __slots__ = ("_at", "_began", "_timeout")
 
-    def __init__(self, timeout: float | None) -> None:
+    def __init__(self, timeout: float | None, began: float | None = None) -> None:
+        self._began = began
         self._timeout: float | None = None
         self._at: float | None = None
         self.set_default(timeout)
@@ -77,7 +81,8 @@ class Deadline:
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must not be negative: {timeout}")
         if self._at is None and timeout is not None:
-            self._timeout, self._at = timeout, time.monotonic() + timeout
+            began = time.monotonic() if self._began is None else self._began
+            self._timeout, self._at = timeout, began + timeout
 
     def left(self, bound: float | None = None) -> float | None:
         """Seconds left, or `bound` if that is less; None for no end."""
@@ -116,6 +121,28 @@ class OpenCall:
         self.incarnation = incarnation
         self.flight = flight
         self.call = flight.call = call
+
+    def nap(self, timeout: float | None) -> tuple[Any] | None:
+        """Block the thread a moment for an answer of one item, in a tuple of one.
+
+        None leaves all else to the steps of `call`, which take twice as long for that answer.
+        """
+        if self.incarnation.ready is None:
+            return None
+        try:
+            answer = self.call.answer(NAP_SECONDS if timeout is None else min(NAP_SECONDS, timeout))
+            if answer is None:
+                return None
+            item = answer[1] if isinstance(answer, tuple) else codec.decode(answer)[1]
+        except CallTimeout:
+            return None
+        except ProtocolError as error:
+            raise self.explain(error) from error
+        except BaseException:
+            self.abandon()
+            raise
+        self.abandon()
+        return (item,)
 
     def cancel(self) -> None:
         """End the call; whoever waits for it gets `CallCancelled`."""
@@ -317,7 +344,7 @@ def call(
     opened: OpenCall | None = None,
 ) -> Steps[Any]:
     """Make a call whose answer is one item, or none, which gives None; or go on with `opened`."""
-    deadline = Deadline(timeout)
+    deadline = Deadline(timeout, None if opened is None else opened.flight.began)
     for retries in range(supervisor.spec.role.retry, -1, -1):
         try:
             if opened is None:

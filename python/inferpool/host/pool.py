@@ -235,6 +235,8 @@ class Pool(_Base):
         answer = try_call(supervisor, self._driver, kind, payload, timeout)
         if isinstance(answer, tuple):
             return answer[0]
+        if answer is not None and (napped := answer.nap(timeout)) is not None:
+            return napped[0]
         return self._driver.run(
             call(supervisor, self._driver, kind, payload, timeout, opened=answer)
         )

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use inferpool_transport::control::Control;
-use inferpool_transport::{Error, Event, Host, Notifier, Outgoing};
+use inferpool_transport::{Error, Event, Host, Notifier, Outgoing, Patience};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -342,6 +342,18 @@ impl PyCall {
         let until = deadline(timeout)?;
         let event = patiently(py, until, |patience| self.host.wait(id, patience))?;
         self.arrived(py, event)
+    }
+
+    #[pyo3(signature = (timeout=None))]
+    fn answer(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Py<PyAny>>> {
+        let _turn = self.take_turn()?;
+        let id = self.sent_id()?;
+        let attempt = |patience: Patience<'_>| self.host.wait_for_answer(id, patience);
+        let Some(frame) = patiently(py, deadline(timeout)?, attempt)? else {
+            return Ok(None);
+        };
+        self.state().finished = true;
+        event::parts(py, frame).map(Some)
     }
 
     fn cancel(&self) {

@@ -77,6 +77,10 @@ pub fn deadline(timeout: Option<f64>) -> PyResult<Option<Instant>> {
     Ok(Instant::now().checked_add(span))
 }
 
+/// The longest sleep that a signal may fail to end, if it comes just before. Long enough that most
+/// answers come within it, and short enough for whoever pressed Ctrl-C.
+const NAP: Duration = Duration::from_millis(50);
+
 /// Runs `attempt` without the GIL until it needs no more waiting: first spinning, then asleep, with
 /// Python's signal handlers run in between.
 pub fn patiently<T: Send>(
@@ -88,16 +92,24 @@ pub fn patiently<T: Send>(
         Err(Error::WouldPark | Error::Interrupted) => {}
         result => return Ok(result.map_err(Raised)?),
     }
+    // A gate costs two system calls, as much as a sleep and its wake-up cost beside the switch.
+    let nap = Instant::now() + NAP;
+    let mut gated = false;
     loop {
         // Closed before the look at pending signals: one that comes after it ends the sleep.
-        let gate = SignalGate::close();
+        let gate = gated.then(SignalGate::close);
         py.check_signals()?;
         let patience = Patience::Park {
-            until,
-            gate: Some(&gate),
+            until: if gated {
+                until
+            } else {
+                Some(until.map_or(nap, |until| until.min(nap)))
+            },
+            gate: gate.as_ref(),
         };
         match py.detach(|| attempt(patience)) {
             Err(Error::Interrupted) => {}
+            Err(Error::TimedOut) if !gated && until.is_none_or(|until| until > nap) => gated = true,
             result => return Ok(result.map_err(Raised)?),
         }
     }

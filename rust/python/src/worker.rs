@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use inferpool_transport::body::Gather;
 use inferpool_transport::record::Kind;
-use inferpool_transport::{Error, Inherited, Patience, ReplyPort, Worker};
+use inferpool_transport::{Inherited, Patience, ReplyPort, Worker};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use crate::abort::PyAbortToken;
 use crate::event::parts;
-use crate::python::{Parts, Raised, SENT_AT_ONCE, deadline, patiently, settings};
+use crate::python::{CallTimeout, Parts, Raised, SENT_AT_ONCE, deadline, patiently, settings};
 
 /// The worker's end of a channel.
 #[pyclass(frozen, name = "WorkerChannel", module = "inferpool._transport")]
@@ -46,11 +46,11 @@ impl PyWorkerChannel {
         let frame = if timeout == Some(0.0) {
             self.0.poll().map_err(Raised::from)?
         } else {
-            let attempt = |patience: Patience<'_>| match self.0.receive(patience) {
-                Err(Error::TimedOut) => Ok(None),
-                received => received,
-            };
-            patiently(py, deadline(timeout)?, attempt)?
+            let attempt = |patience: Patience<'_>| self.0.receive(patience);
+            match patiently(py, deadline(timeout)?, attempt) {
+                Err(error) if error.is_instance_of::<CallTimeout>(py) => None,
+                received => received?,
+            }
         };
         let Some(frame) = frame else { return Ok(None) };
         let port = ReplyPort::new(Arc::clone(&self.0), &frame.header);

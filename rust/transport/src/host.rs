@@ -146,10 +146,28 @@ impl Host {
 
     /// Waits for what happens to the call next.
     pub fn wait(&self, call: u64, patience: Patience<'_>) -> Result<Event> {
+        self.wait_as(call, patience, || self.take(call))
+    }
+
+    /// Waits until the call is decided. Takes the answer if it is one frame and a good end; `None`
+    /// leaves everything to [`Self::poll`] and [`Self::wait`].
+    pub fn wait_for_answer(&self, call: u64, patience: Patience<'_>) -> Result<Option<Frame>> {
+        self.wait_as(call, patience, || {
+            let mut calls = lock(&self.calls);
+            calls.is_decided(call).then(|| calls.take_answer(call))
+        })
+    }
+
+    fn wait_as<T>(
+        &self,
+        call: u64,
+        patience: Patience<'_>,
+        mut goal: impl FnMut() -> Option<T>,
+    ) -> Result<T> {
         self.check_owner()?;
         let me = Notifier::of_thread()?;
         lock(&self.calls).set_waiter(call, Some(&me));
-        let waited = self.wait_for(&me, patience, &mut || self.take(call), &mut || Ok(false));
+        let waited = self.wait_for(&me, patience, &mut goal, &mut || Ok(false));
         // In this order: a leader must not choose as its successor one that leaves too.
         lock(&self.calls).set_waiter(call, None);
         self.hand_over(Some(&me));

@@ -265,6 +265,8 @@ fn an_answer_that_is_wanted_whole_may_turn_out_otherwise() {
     assert_eq!(parts(&wait_data(&pair.host, call)), [b"three"]);
     end(&port);
     assert!(pair.host.spin_for_answer(call).unwrap().is_none());
+    let waited = pair.host.wait_for_answer(call, PATIENT).unwrap();
+    assert!(waited.is_none());
     assert!(matches!(wait_outcome(&pair.host, call), Outcome::Ended));
 
     // Nobody holds back what takes long to copy.
@@ -277,7 +279,29 @@ fn an_answer_that_is_wanted_whole_may_turn_out_otherwise() {
     data(&port, b"item", PATIENT).unwrap();
     let why = Gather::new(&[b"why"]).unwrap();
     port.send(Kind::Error, &why, PATIENT).unwrap();
+    let waited = pair.host.wait_for_answer(call, PATIENT).unwrap();
+    assert!(waited.is_none());
     assert!(matches!(wait_outcome(&pair.host, call), Outcome::Failed(_)));
+}
+
+#[test]
+fn an_answer_is_waited_for_until_its_end() {
+    let pair = pair(4096);
+    let (call, port) = open_whole(&pair);
+    // Too large to be held back, so it arrives before the end does.
+    data(&port, &[7; 900], PATIENT).unwrap();
+    let soon = Patience::Park {
+        until: Some(Instant::now() + Duration::from_millis(20)),
+        gate: None,
+    };
+    let waited = pair.host.wait_for_answer(call, soon);
+    assert!(matches!(waited, Err(Error::TimedOut)));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| pair.host.wait_for_answer(call, PATIENT).unwrap());
+        end(&port);
+        assert_eq!(parts(&waiting.join().unwrap().unwrap()), [[7; 900]]);
+    });
+    assert_eq!(pair.host.in_flight(), [0; 0]);
 }
 
 #[test]

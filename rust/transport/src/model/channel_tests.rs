@@ -76,7 +76,8 @@ fn next(host: &Host, call: u64) -> Event {
 /// A call whose answer of one item is wanted whole: spins, as far as that goes here, and then waits.
 fn ask(host: &Host) -> (usize, Outcome) {
     let call = send_as(Outgoing::for_whole_answer(), host, &[], None).unwrap();
-    match host.spin_for_answer(call).unwrap() {
+    let spun = host.spin_for_answer(call).unwrap();
+    match spun.or_else(|| host.wait_for_answer(call, PATIENT).unwrap()) {
         Some(_) => (1, Outcome::Ended),
         None => outcome(host, call),
     }
