@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import children, eventually, is_running
+from conftest import children, echo_role, eventually, is_running
 
-from inferpool import Pool, PoolClosed
+from inferpool import Policy, Pool, PoolClosed, WorkerCrashed
 from inferpool.testing import signal_worker
 
 TESTS = str(Path(__file__).parent)
@@ -203,6 +203,19 @@ def test_ctrl_c_ends_a_waiting_call(pool: Pool, busy: bool) -> None:
         leader.join(10)
 
 
+def interrupted_from_another_thread(wait: Callable[[], object]) -> None:
+    def get_signal() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    timer = threading.Timer(0.3, get_signal)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        wait()
+    assert time.monotonic() - began < 2  # so it was not the wait's own end
+    timer.join()
+
+
 @pytest.mark.parametrize("blocking", ["call", "ping", "close"])
 def test_a_signal_that_another_thread_gets_ends_a_wait_too(pool: Pool, blocking: str) -> None:
     pool.start()
@@ -213,18 +226,18 @@ def test_a_signal_that_another_thread_gets_ends_a_wait_too(pool: Pool, blocking:
         "close": lambda: pool.close(timeout=20),
     }
 
-    def get_signal() -> None:
-        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
-
-    timer = threading.Timer(0.3, get_signal)
-    timer.start()
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        waits[blocking]()
-    assert time.monotonic() - began < 10  # so it was not the wait's own end
-    timer.join()
+    interrupted_from_another_thread(waits[blocking])
     pool.close(timeout=0.1)
     assert not is_running(pid)
+
+
+def test_a_signal_that_another_thread_gets_ends_a_pause_before_a_restart() -> None:
+    with Pool(echo=echo_role(), policy=Policy(backoff=60.0)) as pool:
+        for code in (1, 2):
+            pool.call("echo", "echo")
+            with pytest.raises(WorkerCrashed):
+                pool.call("echo", "exit", code)
+        interrupted_from_another_thread(lambda: pool.call("echo", "echo"))
 
 
 def test_ctrl_c_at_a_terminal_does_not_reach_the_worker() -> None:

@@ -46,13 +46,15 @@ class ThreadDriver:
             return result
 
     def _wait(self, wait: Wait | float) -> Event | None:
-        if isinstance(wait, float):
-            time.sleep(wait)
-            return None
-        incarnation, call, until, timeout = wait
-        act = call.next if until == "event" else call.send
         on_main = threading.current_thread() is threading.main_thread()
         turn = SIGNAL_SECONDS if on_main else SLICE_SECONDS
+        if isinstance(wait, float):
+            until = time.monotonic() + wait
+            while (pause := until - time.monotonic()) > 0:
+                time.sleep(min(turn, pause))
+            return None
+        incarnation, call, awaited, timeout = wait
+        act = call.next if awaited == "event" else call.send
         left = timeout
         while True:
             began = time.monotonic()
