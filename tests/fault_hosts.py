@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import pytest
 from conftest import eventually, is_running
 from fault_rows import PHASES, POLICY, Trial, in_thread
 from faults import FailingCall
@@ -41,6 +42,8 @@ def say_pid(known=None):
     print(known or pool.status()["bad"].pid, flush=True)
 def background(work):
     threading.Thread(target=work, daemon=True).start()
+def print_later(work):
+    threading.Thread(target=lambda: print(work())).start()
 mark = sys.argv[1]
 wait = {{"mark": mark, "seconds": 60}}
 """
@@ -99,16 +102,38 @@ def host_is_stopped(phase: str, seconds: float) -> float:
     """The worker works on meanwhile, and must not be taken for stuck afterwards."""
     # Much shorter than the stop, and the work goes on for a while after it.
     policy = f"Policy(stuck_after={min(1.0, seconds / 3)})"
-    work = {"seconds": seconds + 1.0}
+    work = f"{{'seconds': {seconds + 1.0}, 'mark': mark}}"
     scripts = {
-        "request": (
-            f"pool = pool_of({policy}); work = {work!r} | {{'mark': mark}}; out = []\n"
-            "thread = threading.Thread(target=lambda: out.append(pool.call('bad', 'poll', work)))\n"
-            "thread.start(); say_pid(); thread.join(); print(out)\n"
-        ),
         "idle": (
             f"pool = pool_of({policy}); pool.call('bad', 'echo'); open(mark, 'w'); say_pid()\n"
-            "time.sleep(0.5); print([pool.call('bad', 'echo', 'answer')])\n"
+            "time.sleep(0.5); print(pool.call('bad', 'echo', 'answer'))\n"
+        ),
+        "loading": (
+            f"pool = pool_of({policy}, phase='loading', **{work})\n"
+            "print_later(lambda: pool.call('bad', 'echo', 'answer')); say_pid()\n"
+        ),
+        "request": (
+            f"pool = pool_of({policy})\n"
+            f"print_later(lambda: pool.call('bad', 'poll', {work})); say_pid()\n"
+        ),
+        "stream": (
+            f"pool = pool_of({policy}); stream = pool.stream('bad', 'count')\n"
+            "items = [next(stream) for _ in range(3)]; open(mark, 'w'); say_pid()\n"
+            "items += [next(stream) for _ in range(2000)]\n"
+            "print('answer' if items == list(range(2003)) else items)\n"
+        ),
+        # One waits behind the answer that nobody reads, and so looks at the worker.
+        "large": (
+            f"pool = pool_of({policy}); stream = pool.stream('bad', 'large', {work})\n"
+            "background(lambda: pool.call('bad', 'echo')); say_pid(); time.sleep(0.5)\n"
+            "print({16 << 20: 'answer'}[len(next(stream))])\n"
+        ),
+        "closing": (
+            f"pool = pool_of({policy}, phase='closing', **{work}); pool.call('bad', 'echo')\n"
+            "pid = pool.status()['bad'].pid; background(lambda: say_pid(pid))\n"
+            f"pool.close(timeout={seconds + 3.0})\n"
+            "end = pool.status()['bad'].last_exit\n"
+            "print('answer' if end.endswith('exit code 0; closed') else end)\n"
         ),
     }
     with host(scripts[phase]) as (process, _):
@@ -117,7 +142,7 @@ def host_is_stopped(phase: str, seconds: float) -> float:
         process.send_signal(signal.SIGCONT)
         began = time.monotonic()
         output, errors = process.communicate(timeout=30)
-        assert (output, errors) == ("['answer']\n", ""), errors
+        assert (output, errors) == ("answer\n", ""), errors
         return time.monotonic() - began
 
 
@@ -210,6 +235,24 @@ def log_trouble(how: str) -> float:
             took = time.monotonic() - began
             assert made.call("bad", "echo", 1) == 1
             return took
+
+
+def module_cannot_be_imported() -> float:
+    """The role's module is broken, and then mended."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        module = Path(folder) / "broken_role.py"
+        module.write_text("import no_such_module\n")
+        sys.path.append(folder)
+        ending.callback(sys.path.remove, folder)
+        role = Role("broken_role:make_session", "broken_role:HANDLERS", policy=POLICY)
+        made = ending.enter_context(Pool(bad=role, close_timeout=1.0))
+        began = time.monotonic()
+        with pytest.raises(WorkerStartError, match="ModuleNotFoundError"):
+            made.call("bad", "echo", timeout=20)
+        took = time.monotonic() - began
+        module.write_text("from fault_role import HANDLERS, make_session\n")
+        assert made.call("bad", "echo", "next", timeout=20) == "next"
+        return took
 
 
 def slow_consumer(made: Pool) -> None:
@@ -414,12 +457,13 @@ def host_trials(*, long: bool) -> list[Trial]:
                 partial(host_is_stopped, phase, stop),
                 at_rest=True,
             )
-            for phase in ("idle", "request")
+            for phase in PHASES
         ),
         *(
             Trial("host exits with a call in flight", where, 3.0, partial(host_exits, where))
             for where in ("main thread", "other thread", "daemon thread", "event loop")
         ),
+        Trial("import error in the role's module", "loading", 2.0, module_cannot_be_imported),
         *(
             Trial("the log's " + how, "request", 2.0, partial(log_trouble, how))
             for how in ("full disk", "folder removed")
