@@ -16,14 +16,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+from tiny_models import write_projector
 
 from inferpool import (
     ChatConfig,
     EmbedConfig,
     Pool,
+    RerankConfig,
     Role,
     SandboxReport,
+    VisionConfig,
 )
 from inferpool.messages import Sandbox, WorkerArguments
 from inferpool.models import resolve
@@ -45,6 +49,7 @@ ORDINARY = {
     "connect to a local socket",
     "fork",
     "start a program",
+    "become a program",
     "signal the host",
 }
 
@@ -142,11 +147,21 @@ def test_the_built_in_roles_work_in_the_sandbox(
 ) -> None:
     # Not converted yet: that happens before the sandbox is entered.
     monkeypatch.setenv("INFERPOOL_CACHE_DIR", str(tmp_path / "cache"))
-    chat, embed = ChatConfig("smollm2", sandbox=level), EmbedConfig("minilm", sandbox=level)
-    with Pool(chat=chat, embed=embed, log_dir=tmp_path) as pool:
+    projector = write_projector(tmp_path / "mmproj.gguf", width=576)
+    alike: dict[str, Any] = {"sandbox": level, "n_threads": 1}
+    roles = {
+        "chat": ChatConfig("smollm2", **alike),
+        "embed": EmbedConfig("minilm", **alike),
+        "rerank": RerankConfig(f"{TESTS}/data/tiny-reranker.gguf", **alike),
+        "vision": VisionConfig("smollm2", str(projector), n_ctx=512, **alike),
+    }
+    with Pool(**roles, log_dir=tmp_path) as pool:
         assert pool.chat("Why do bees dance?", max_tokens=4).usage.completion_tokens == 4
         assert pool.embed(["bees dance"]).shape == (1, 384)
-        assert [each.sandbox for each in pool.status().values()] == [CONFINED] * 2
+        assert len(pool.rerank("bees", ["bees dance", "markets fall"])) == 2
+        image = np.zeros((50, 70, 3), np.uint8)
+        assert pool.vision(image, prompt="What?", max_tokens=2).usage.completion_tokens == 2
+        assert [each.sandbox for each in pool.status().values()] == [CONFINED] * 4
     assert "sandbox: confined" in (tmp_path / "worker-chat.log").read_text()
 
 
