@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import threading
@@ -51,6 +52,8 @@ def lifetime(number: int) -> None:
                 assert next(pool.stream("echo", "count", None)) == 0
             case 2:
                 pool.cancel("echo")
+            case 3:
+                assert asyncio.run(pool.as_async().call("echo", "sleep", 0.001)) == 0.001
 
 
 @pytest.mark.timeout(3600 if THOROUGH else 120)

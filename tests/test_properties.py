@@ -148,6 +148,12 @@ class Lifecycle(RuleBasedStateMachine):
     def is_stopped(self) -> bool:
         return any(each.pid in self.stopped for each in self.pool.status()["echo"].workers)
 
+    @rule()
+    def start(self) -> None:
+        outcome = outcome_of(lambda: self.pool.start(timeout=0.3))
+        if self.closed:
+            assert outcome == "PoolClosed"
+
     @rule(kind=st.sampled_from(["echo", "sleep", "wait_for_abort", "hold_gil"]))
     def call(self, kind: str) -> None:
         payload = 0.01 if kind in ("sleep", "hold_gil") else None
