@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from benchmarks.waiting import busy
 from inferpool import (
     CallTimeout,
+    ChatConfig,
     Policy,
     Pool,
     Role,
@@ -95,6 +97,20 @@ def close(role: Role, *, stopped: bool, timeout: float) -> float:
     return time.perf_counter() - began
 
 
+def long_prefill() -> str:
+    """Whether a prompt of minutes, on CPUs that are busy with other things too, is held stuck."""
+    policy = Policy(stuck_after=STUCK_AFTER)
+    config = ChatConfig("smollm2", n_ctx=8192, n_threads=1, policy=policy)
+    with Pool(chat=config).start() as pool, busy(os.cpu_count() or 1):
+        began = time.perf_counter()
+        try:
+            tokens = pool.chat("word " * 7_900, max_tokens=1).usage.prompt_tokens
+        except WorkerStuck as error:
+            return f"stuck after {time.perf_counter() - began:.1f} s: {error}"
+        restarts = pool.status()["chat"].restarts
+        return f"{tokens} tokens in {time.perf_counter() - began:.1f} s, {restarts} verdicts"
+
+
 def main() -> None:
     """Print a table of medians and worst values, in milliseconds."""
     slow = Pool(embed=scripted_embed(8, [60.0]), policy=TIRELESS)
@@ -128,6 +144,8 @@ def main() -> None:
         )
     for pool in (slow, hangs, holds, plain):
         pool.close()
+    if "prefill".startswith(tuple(sys.argv[1:]) or ""):
+        print(f"{'prefill, stuck_after 1 s':38} {long_prefill()}")
 
 
 if __name__ == "__main__":

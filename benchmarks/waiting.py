@@ -54,7 +54,7 @@ def _beat(connection: Connection, span: float) -> None:
 
 
 @contextmanager
-def _busy(processes: int) -> Iterator[None]:
+def busy(processes: int) -> Iterator[None]:
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -113,7 +113,7 @@ def liveness(*, quick: bool) -> list[Row]:
     span = 2.0 if quick else 10.0
     rows: list[Row] = []
     for load, processes in (("", 0), (", 4 times the CPUs busy", 4 * (os.cpu_count() or 1))):
-        with Pool(echo=ECHO) as pool, _busy(processes):
+        with Pool(echo=ECHO) as pool, busy(processes):
             pool.start()
             ours, theirs = _as_asked(_pings(pool, span)), _as_asked(_beats_of_a_thread(span))
         name = f"ping while Python is held for {span:g} s{load}"

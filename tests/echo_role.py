@@ -214,6 +214,15 @@ def poll_for(reply: Reply, payload: float, state: WorkerLoopState) -> None:
     reply.send("polled", payload)
 
 
+def compute(reply: Reply, payload: dict[str, Any], state: WorkerLoopState) -> None:
+    """Use so many seconds of one CPU without a sign of progress."""
+    os.sched_setaffinity(0, {payload["cpu"]})
+    until = time.thread_time() + payload["seconds"]
+    while time.thread_time() < until:
+        pass
+    reply.send("computed", "answer")
+
+
 def environment(reply: Reply, payload: str, state: WorkerLoopState) -> None:
     reply.send("environment", os.environ.get(payload))
 
@@ -261,6 +270,7 @@ HANDLERS: dict[str, KindHandler] = {
     "exit_once": exit_once,
     "assert": assert_,
     "poll_for": poll_for,
+    "compute": compute,
     "environment": environment,
     "facts": facts,
     "chatter": chatter,

@@ -30,6 +30,8 @@ from inferpool import (
     WorkerStuck,
 )
 
+CPU = min(os.sched_getaffinity(0))
+
 
 def crash(pool: Pool, code: int, role: str = "echo") -> None:
     with pytest.raises(WorkerCrashed):
@@ -145,18 +147,19 @@ def test_a_call_is_made_again_only_if_its_role_allows_it(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("how", ["sleep", "hold_gil", "stopped"])
+@pytest.mark.parametrize("how", ["sleep", "hold_gil", "compute", "stopped"])
 def test_a_worker_without_progress_is_stuck(how: str, asynchronous: bool) -> None:
     with Pool(echo=echo_role(), policy=Policy(stuck_after=0.5)) as pool:
         pid = pool.call("echo", "facts")["pid"]
         if how == "stopped":
             os.kill(pid, signal.SIGSTOP)
         kind = "sleep" if how == "stopped" else how
+        payload = {"cpu": CPU, "seconds": 60.0} if how == "compute" else 60.0
         with pytest.raises(WorkerStuck, match=r"made no progress for 0\.5 s") as caught:
             if asynchronous:
-                asyncio.run(pool.as_async().call("echo", kind, 60.0))
+                asyncio.run(pool.as_async().call("echo", kind, payload))
             else:
-                pool.call("echo", kind, 60.0)
+                pool.call("echo", kind, payload)
         assert (caught.value.pid, caught.value.exit) == (pid, "SIGKILL")
         assert kind in caught.value.in_flight[0]
         assert not is_running(pid)
@@ -169,6 +172,19 @@ def test_a_worker_that_looks_at_its_token_is_busy() -> None:
         status = pool.status()["echo"]
         assert status.restarts == 0
         assert status.workers[0].progress["polls"] > 0
+
+
+def test_a_worker_that_waits_for_a_cpu_is_not_stuck() -> None:
+    loop = f"import os\nos.sched_setaffinity(0, {{{CPU}}})\nwhile True: pass"
+    with contextlib.ExitStack() as ending:
+        for _ in range(7):
+            process = ending.enter_context(subprocess.Popen([sys.executable, "-c", loop]))
+            ending.callback(process.kill)
+        pool = ending.enter_context(Pool(echo=echo_role(), policy=Policy(stuck_after=1.0))).start()
+        began = time.monotonic()
+        assert pool.call("echo", "compute", {"cpu": CPU, "seconds": 0.4}) == "answer"
+        assert time.monotonic() - began > 1.0
+        assert pool.status()["echo"].restarts == 0
 
 
 def test_a_worker_that_waits_for_its_reader_is_not_stuck() -> None:
@@ -236,6 +252,21 @@ def test_a_worker_is_killed_without_a_next_call() -> None:
         with pytest.raises(CallCancelled):
             next(stream)
         assert eventually(lambda: not is_running(pid))
+
+
+def test_a_worker_that_gets_on_with_others_may_keep_a_cancelled_call() -> None:
+    with Pool(echo=echo_role(), policy=Policy(cancel_grace=0.3)) as pool:
+        pool.start()
+        # It looks at its token, and so makes progress, but does not heed it.
+        stream = pool.stream("echo", "poll_for", 1.5)
+        other = pool.stream("echo", "count", 3)
+        assert eventually(lambda: pool.status()["echo"].queue == 1)
+        stream.cancel()
+        assert list(other) == [0, 1, 2]
+        with pytest.raises(CallCancelled) as caught:
+            next(stream)
+        assert caught.value.rung == "grace"
+        assert pool.status()["echo"].restarts == 0
 
 
 def test_a_worker_that_lets_go_in_time_lives(pool: Pool) -> None:
@@ -344,6 +375,18 @@ def test_above_the_memory_budget_the_least_recently_used_idle_worker_goes() -> N
         states = {name: each.pid is not None for name, each in pool.status().items()}
         assert states == {"kept": True, "busy": True, "new": True, "old": False, "young": False}
         assert next(stream) == 1
+
+
+def test_no_more_workers_go_than_must_and_the_last_used_stays() -> None:
+    roles = {name: echo_role() for name in ("first", "second", "third")}
+    with Pool(**roles) as pool:
+        pool.start()
+        size = max(each.memory for each in pool.status().values())
+    with Pool(**roles, memory_budget=int(2.5 * size)) as pool:
+        for role in ("first", "second", "first", "third"):
+            pool.call(role, "echo")
+        states = {name: each.pid is not None for name, each in pool.status().items()}
+        assert states == {"first": True, "second": False, "third": True}
 
 
 def test_a_role_is_given_another_model_while_others_stream() -> None:

@@ -116,7 +116,7 @@ class Incarnation:
                     incarnation=number,
                 ) from error
             undo.pop_all()
-        self.watch = Watch(self.channel)
+        self.watch = Watch(self.channel, self.pid)
         try:
             self.channel.watch(self._process.pid)
             self._start_call = self._send_start()

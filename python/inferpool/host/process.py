@@ -23,6 +23,7 @@ __all__ = [
     "native_message",
     "oom_counts",
     "resident_bytes",
+    "thread_times",
 ]
 
 _TAIL_BYTES = 4096
@@ -162,6 +163,19 @@ def resident_bytes(pid: int) -> int | None:
     except (OSError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def thread_times(pid: int) -> dict[int, tuple[bool, float]]:
+    """Of each thread of a process by its id: whether it wants a CPU, and seconds of CPU it had."""
+    times: dict[int, tuple[bool, float]] = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        ticks = int(fields[11]) + int(fields[12])
+        times[int(path.parent.name)] = (fields[0] == "R", ticks / os.sysconf("SC_CLK_TCK"))
+    return times
 
 
 class OomWitness:

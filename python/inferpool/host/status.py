@@ -50,7 +50,7 @@ class WorkerStatus:
     """What its heartbeat last said, if it was asked: ``requests`` taken and ``finished``,
     ``replies`` sent, ``polls`` of abort tokens. It is asked while callers wait."""
     frozen: float
-    """Seconds for which callers have seen no progress."""
+    """Seconds for which callers have seen no progress, though the worker had a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Nobody watches a worker that has nothing to do. While calls are in flight, whoever waits for one
 looks at least every `SLICE_SECONDS`: it takes the heartbeat's last answer and asks again, without
 waiting. Time counts as frozen only when it was looked at: a host that was itself stopped, or too
-busy to look, has seen nothing.
+busy to look, has seen nothing. Nor does time count for which the worker only waited for a CPU: on
+a busy machine it may be seconds from one graph node of a long prompt to the next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 
 from inferpool._transport import Call, HostChannel, Progress
 from inferpool.errors import CallTimeout, InferpoolError
+from inferpool.host.process import thread_times
 
 __all__ = ["SIGNAL_SECONDS", "SLICE_SECONDS", "Watch"]
 
@@ -23,17 +25,23 @@ SIGNAL_SECONDS = 0.05
 wait, but the kernel may give one to another thread, and Python's handlers run in this one only."""
 _LATE_SECONDS = 1.0
 """Passed between two looks only if the host itself did not run."""
+_LEAST_SHARE = 0.1
+"""Of the time without progress counts in any case: what waits for a CPU may be another thread than
+the one that is stuck."""
 
 
 class Watch:
     """How long one worker has made no progress.
 
     Attributes:
-        frozen: seconds since the last sign of progress, as far as they were observed.
+        frozen: seconds since the last sign of progress, as far as they were observed and the worker
+            had a CPU.
     """
 
-    def __init__(self, channel: HostChannel) -> None:
+    def __init__(self, channel: HostChannel, pid: int) -> None:
         self.frozen = 0.0
+        self._pid = pid
+        self._threads: dict[int, tuple[bool, float]] = {}
         self._progress: Progress | None = None
         self._channel = channel
         self._lock = threading.Lock()
@@ -71,13 +79,24 @@ class Watch:
             news = self._hear()
             if news or (news is False and self._channel.reader_behind):
                 self.frozen = 0.0
+                self._threads = {}
             elif passed > _LATE_SECONDS:
                 return 0.0  # what was heard is as old as that; the next look decides
             else:
-                self.frozen += passed
+                self.frozen += max(passed * _LEAST_SHARE, passed - self._starved(passed))
             return self.frozen
         finally:
             self._lock.release()
+
+    def _starved(self, passed: float) -> float:
+        """For how much of the time a thread of the worker waited for a CPU; 0 at the first look."""
+        before, self._threads = self._threads, thread_times(self._pid)
+        waits = [
+            passed - (used - before[thread][1])
+            for thread, (wants_cpu, used) in self._threads.items()
+            if wants_cpu and thread in before
+        ]
+        return max(waits, default=0.0)
 
     def _hear(self) -> bool | None:
         """Whether the heartbeat's answer has news; None while there is none. Asks again."""
