@@ -119,8 +119,8 @@ def main() -> None:
     holds = Pool(embed=scripted_embed(8, [Fault("hold_gil")]), policy=strict)
     plain = Pool(embed=scripted_embed(8), policy=strict)
     rows: list[tuple[str, int, Callable[[], float]]] = [
-        ("SIGKILL to error", 100, partial(crash_to_error, slow, "SIGKILL")),
-        ("SIGSEGV to error", 100, partial(crash_to_error, slow, "SIGSEGV")),
+        ("SIGKILL to error", 200, partial(crash_to_error, slow, "SIGKILL")),
+        ("SIGSEGV to error", 200, partial(crash_to_error, slow, "SIGSEGV")),
         ("stuck, handler hangs: beyond bound", 20, partial(stuck_verdict, hangs, stopped=False)),
         ("stuck, GIL held: beyond bound", 20, partial(stuck_verdict, holds, stopped=False)),
         ("stuck, SIGSTOP: beyond bound", 20, partial(stuck_verdict, plain, stopped=True)),
