@@ -114,6 +114,8 @@ MUTANTS = [
     Mutant("ring.rs", "space > capacity - offset || ", "", "hostile"),
     Mutant("ring.rs", " || space as u64 > self.tail - self.head", "", "hostile"),
     Mutant("ring.rs", "if space != capacity - offset {", "if false {", "hostile"),
+    Mutant("ring.rs", " && self.has_space(capacity)?)", ")", "properties"),
+    Mutant("ring.rs", "header.total.max(header.span() as u64)", "header.total", "properties"),
     Mutant("record.rs", "_ => return Err(Violation::Kind),", "_ => Self::Data,", "hostile"),
     Mutant(
         "record.rs",

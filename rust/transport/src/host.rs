@@ -190,7 +190,11 @@ impl Host {
                 break;
             }
             let Reader { ring, spinner, .. } = &mut *reader;
-            if !spinner.spin(|| ring.is_ready(), || self.note_cpu()) {
+            if !spinner.spin(
+                || ring.is_ready(),
+                || self.note_cpu(),
+                || self.worker_read(),
+            ) {
                 break;
             }
             self.tally.spins_won.add_alone(1);
@@ -220,7 +224,7 @@ impl Host {
                 brief_spinner,
                 ..
             } = &mut *reader;
-            if !brief_spinner.spin(|| ring.is_ready(), || ()) {
+            if !brief_spinner.spin(|| ring.is_ready(), || (), || 0) {
                 break;
             }
             self.tally.spins_won.add_alone(1);

@@ -26,7 +26,7 @@
 //!   the sleeper does not sleep or the other side rings.
 
 use crate::error::Violation;
-use crate::record::{ALIGN, HEADER, Header, Kind, span};
+use crate::record::{ALIGN, FIRST, HEADER, Header, Kind, span};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// The memory of one ring: four shared words and a data area.
@@ -66,6 +66,10 @@ pub fn is_valid_capacity(capacity: usize) -> bool {
 /// Bytes that a record takes at most, header included. The other side copies one out while this one
 /// writes the next; with records of 1 MiB an array of that size took half as long again.
 const RECORD: usize = 128 * 1024;
+
+/// A ring that is empty starts over once this part of it was written: 256 KiB of 4 MiB, so that
+/// short messages, whose records are small, seldom do.
+const START_OVER: usize = 16;
 
 /// Bytes of body that fit into one record: with half the ring, a record and the padding before it
 /// always fit into an empty ring; with a quarter, both sides can be at work in a small one too.
@@ -115,11 +119,12 @@ impl<M: Memory> Producer<M> {
         let capacity = self.memory.capacity();
         let mut offset = self.tail as usize & (capacity - 1);
         let to_end = capacity - offset;
-        let padding = if space > to_end { to_end } else { 0 };
+        let padded = space > to_end || self.starts_over(header, offset)?;
+        let padding = if padded { to_end } else { 0 };
         if !self.has_space(padding + space)? {
             return Ok(None);
         }
-        if padding > 0 {
+        if padded {
             // SAFETY: the span up to the end of the ring is free, and a header fits because
             // offsets are multiples of ALIGN.
             unsafe { self.memory.write(offset, &Header::pad(padding).to_wire()) };
@@ -143,6 +148,17 @@ impl<M: Memory> Producer<M> {
         // SYNC POINT C
         fence(Ordering::SeqCst);
         Ok(Some(take_flag(self.memory.consumer_armed())))
+    }
+
+    /// Whether the frame that this record begins is to be written at the ring's beginning rather
+    /// than from `offset` on: the ring is empty, and there is room for the frame. What was used last
+    /// is still in the caches, and its pages are known to the CPU.
+    fn starts_over(&mut self, header: &Header, offset: usize) -> Result<bool, Violation> {
+        let capacity = self.memory.capacity();
+        // This record must have room. If headers of further ones have none, the frame waits for it.
+        let needed = header.total.max(header.span() as u64);
+        let worth_it = offset >= capacity / START_OVER && needed <= offset as u64;
+        Ok(worth_it && header.flags & FIRST != 0 && self.has_space(capacity)?)
     }
 
     /// Whether a record with `length` bytes of body would fit now, padding included.
@@ -309,7 +325,8 @@ pub fn nudge(memory: &impl Memory) -> bool {
     take_flag(memory.producer_armed())
 }
 
-/// How far the consumer says that it has read. Nothing may depend on it but what is told of calls.
+/// How far the consumer says that it has read. Nothing may depend on it but what is told of calls, and
+/// for how long a bounded spin goes on.
 pub fn consumed(memory: &impl Memory) -> u64 {
     memory.head().load(Ordering::Relaxed)
 }

@@ -19,6 +19,10 @@ const PROBE_EVERY: u32 = 16;
 pub(crate) const ALONE: Duration = Duration::from_micros(10);
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 32;
+/// A spin that has lasted its cap goes on as long as the other side was seen at work meanwhile: one
+/// that copies a large frame takes longer than a cap, and if this side slept, it would be woken on
+/// the other's CPU. But no more than so often, since the sign is the other side's to give.
+const EXTENSIONS: u32 = 20;
 
 /// How a side waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +57,13 @@ impl Spinner {
 
     /// Spins until `ready`, or until it stops being worth it; returns what `ready` said last.
     /// `part` is called when that takes long, to see to it that the two sides do not share a CPU.
-    pub(crate) fn spin(&mut self, mut ready: impl FnMut() -> bool, part: impl FnOnce()) -> bool {
+    /// `sign` changes while the other side is at work for this one.
+    pub(crate) fn spin(
+        &mut self,
+        mut ready: impl FnMut() -> bool,
+        part: impl FnOnce(),
+        sign: impl Fn() -> u64,
+    ) -> bool {
         let mut part = Some(part);
         if ready() {
             return true;
@@ -63,7 +73,9 @@ impl Spinner {
             self.failures = self.failures.wrapping_add(1);
             return false;
         }
-        let start = Instant::now();
+        let mut start = Instant::now();
+        let mut seen = sign();
+        let mut extensions = 0;
         loop {
             for _ in 0..LOOKS {
                 std::hint::spin_loop();
@@ -74,8 +86,13 @@ impl Spinner {
             }
             let spent = start.elapsed();
             if spent >= self.cap {
-                self.failures = self.failures.wrapping_add(1);
-                return false;
+                let now = sign();
+                if now == seen || extensions == EXTENSIONS {
+                    self.failures = self.failures.wrapping_add(1);
+                    return false;
+                }
+                (start, seen) = (Instant::now(), now);
+                extensions += 1;
             }
             if spent >= ALONE {
                 if let Some(part) = part.take() {

@@ -13,7 +13,7 @@ use crate::flow::{self, WINDOW};
 use crate::heartbeat::Heartbeat;
 use crate::platform::{self, Bell, ControlSocket, Doorbell, Rings, SignalGate};
 use crate::record::{Header, Kind, WHOLE};
-use crate::ring::{Consumer, Producer};
+use crate::ring::{Consumer, Producer, consumed};
 use crate::segment::{RingMemory, SLOTS, Segment};
 use crate::spin::{CAP, Parting, Spinner, WORKER_PATIENCE};
 use crate::sync::{Mutex, Ordering};
@@ -49,6 +49,7 @@ struct Inbox {
 /// See the module's text. One thread receives; any thread may send.
 pub struct Worker {
     segment: Segment,
+    reply_memory: RingMemory,
     vitals: Arc<Vitals>,
     inbox: Mutex<Inbox>,
     outbox: Mutex<Outbox>,
@@ -115,6 +116,7 @@ impl Worker {
                 ring: Producer::new(segment.replies()),
                 spinner: Spinner::new(settings.wait, CAP, WORKER_PATIENCE),
             }),
+            reply_memory: segment.replies(),
             segment,
             vitals: Arc::default(),
             bell,
@@ -161,7 +163,8 @@ impl Worker {
             match patience {
                 Patience::Spin => {
                     let ready = || ring.is_ready() || self.is_shutting_down();
-                    if !spinner.spin(ready, || parting.part_from(self.host_cpu())) {
+                    let part = || parting.part_from(self.host_cpu());
+                    if !spinner.spin(ready, part, || consumed(&self.reply_memory)) {
                         return Err(Error::WouldPark);
                     }
                 }
@@ -325,7 +328,7 @@ impl ReplyPort {
                     || (self.has_credit(&state, kind) && ring.fits(length)?))
             };
             let Patience::Park { until, gate } = patience else {
-                if spinner.spin(|| may_go_on(ring).unwrap_or(true), || ()) {
+                if spinner.spin(|| may_go_on(ring).unwrap_or(true), || (), || 0) {
                     continue;
                 }
                 return Err(Error::WouldPark);

@@ -158,13 +158,18 @@ struct Model {
 impl Model {
     /// Where a record would start, past the padding before it.
     fn start(&self, length: usize) -> usize {
-        let to_end = self.capacity - self.tail % self.capacity;
-        let padding = if span(length) > to_end { to_end } else { 0 };
-        self.tail + padding
+        let offset = self.tail % self.capacity;
+        let starts_over =
+            self.records.is_empty() && offset >= self.capacity / 16 && span(length) <= offset;
+        if span(length) > self.capacity - offset || starts_over {
+            self.tail.next_multiple_of(self.capacity)
+        } else {
+            self.tail
+        }
     }
 
     fn fits(&self, length: usize) -> bool {
-        self.start(length) + span(length) - self.head <= self.capacity
+        self.records.is_empty() || self.start(length) + span(length) - self.head <= self.capacity
     }
 
     fn push(&mut self, length: usize) -> Option<bool> {

@@ -10,7 +10,7 @@ use crate::host::{Host, Reader};
 use crate::notify::Notifier;
 use crate::platform::{self, Datagram, Death, Rings, SignalGate};
 use crate::record::{FIRST, LAST};
-use crate::ring::asleep_before;
+use crate::ring::{asleep_before, consumed};
 use crate::sync::{Ordering, TryLockGuard};
 use crate::{Patience, lock};
 
@@ -105,7 +105,11 @@ impl Host {
                 Patience::Spin if more => continue,
                 Patience::Spin => {
                     let Reader { ring, spinner, .. } = &mut *reader;
-                    if spinner.spin(|| ring.is_ready(), || self.note_cpu()) {
+                    if spinner.spin(
+                        || ring.is_ready(),
+                        || self.note_cpu(),
+                        || self.worker_read(),
+                    ) {
                         self.tally.spins_won.add_alone(1);
                         continue;
                     }
@@ -146,6 +150,11 @@ impl Host {
             self.ring(&self.bell);
         }
         *unread = read;
+    }
+
+    /// How far the worker has read, as far as it says: it changes while a request is copied out.
+    pub(super) fn worker_read(&self) -> u64 {
+        consumed(&self.request_memory)
     }
 
     /// Tells the worker where this side waits, so that it can go elsewhere.
