@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import echo_role, eventually, is_running
@@ -341,6 +343,61 @@ def test_an_idle_worker_is_released_and_pings_are_no_use() -> None:
         assert not is_running(pid)
         assert pool.status()["echo"].restarts == 0
         assert pool.call("echo", "echo", 1) == 1
+
+
+class Meanwhile:
+    """A channel on which something else happens just before a call is sent."""
+
+    def __init__(self, channel: Any, act: Callable[[], object]) -> None:
+        self._channel = channel
+        self._act = act
+
+    def ask(self, *arguments: Any) -> Any:
+        self._act()
+        return self._channel.ask(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+
+@pytest.mark.parametrize("how", ["release", "configure"])
+def test_a_worker_that_is_being_called_is_not_ended(pool: Pool, how: str) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    supervisor = pool._core.supervisor("echo")
+    incarnation = supervisor.at_hand
+    assert incarnation is not None
+    acts = {
+        "release": lambda: supervisor.release(incarnation),
+        "configure": lambda: pool.configure("echo", echo_role()),
+    }
+    channel = incarnation.channel
+    incarnation.channel = Meanwhile(channel, acts[how])  # type: ignore[assignment]
+    assert pool.call("echo", "echo", "answer") == "answer"
+    incarnation.channel = channel
+    if how == "configure":
+        assert eventually(lambda: not is_running(pid))
+    assert (pool.call("echo", "facts")["pid"] == pid) is (how == "release")
+
+
+def test_a_worker_that_is_being_ended_is_not_called(pool: Pool) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    supervisor = pool._core.supervisor("echo")
+    incarnation = supervisor.at_hand
+    assert incarnation is not None
+    retire, answers = incarnation.retire, []
+    caller = threading.Thread(target=lambda: answers.append(pool.call("echo", "sleep", 0.3)))
+
+    def retire_and_wait(**options: bool) -> bool:
+        idle = retire(**options)
+        caller.start()
+        time.sleep(0.05)
+        return idle
+
+    incarnation.retire = retire_and_wait  # type: ignore[method-assign]
+    assert supervisor.release(incarnation)
+    caller.join(20)
+    assert answers == [0.3]
+    assert eventually(lambda: not is_running(pid))
 
 
 def test_a_busy_worker_outlives_the_idle_timeout() -> None:

@@ -321,17 +321,25 @@ def try_call(
         return None
     incarnation.last_used = time.monotonic()
     parts = encode(kind, payload)
+    incarnation.asking.append(None)
     try:
+        # In this order: `retire` looks at who is asking after it has said so.
+        if incarnation.retired:
+            return None
         answer = incarnation.channel.ask(parts, driver.notifier(incarnation))
         if isinstance(answer, tuple):
             return (answer[1],)
         if isinstance(answer, list):
             return (codec.decode(answer)[1],)
+        if answer is None:
+            return None
+        return OpenCall(supervisor, incarnation, incarnation.begun(kind, parts), answer)
     except ProtocolError as error:
         raise supervisor.explain(incarnation, error) from error
-    if answer is None:
-        return None
-    return OpenCall(supervisor, incarnation, incarnation.begun(kind, parts), answer)
+    finally:
+        incarnation.asking.pop()
+        if incarnation.retired:
+            incarnation.leave_if_retired()
 
 
 def call(

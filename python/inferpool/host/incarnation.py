@@ -51,6 +51,8 @@ class Incarnation:
     Attributes:
         flights: calls that have not ended here.
         lingering: calls that were given up here, while the worker goes on with them.
+        asking: as many entries as threads are about to send, or have just sent, a call that is no
+            flight yet, see `calls.try_call`.
         watch: how its progress is going.
         last_used: when the last call ended, or before the first, when the worker was started.
         retired: whether it takes no more calls.
@@ -82,7 +84,9 @@ class Incarnation:
         self.ready: Ready | None = None
         self.loading = 0.0
         self.retired = False
+        self._retired_for_good = False
         self.flights: set[Flight] = set()
+        self.asking: list[None] = []
         self.lingering: set[Flight] = set()
         self._suspect: Flight | None = None
         self._on_retired_idle = on_retired_idle
@@ -215,8 +219,7 @@ class Incarnation:
             self.watch.frozen = 0.0
         if not self.flights:
             self.last_used = time.monotonic()
-            if self.retired:
-                self._on_retired_idle(self)
+            self.leave_if_retired()
 
     def give_up(self, flight: Flight, *, watch: bool = True) -> None:
         """Make sure that the worker does not go on for long with a call that has ended here."""
@@ -289,12 +292,25 @@ class Incarnation:
         self.end()
 
     def retire(self, *, only_if_idle: bool = False) -> bool:
-        """Let the worker take no more calls; whether none is in flight."""
+        """Let the worker take no more calls; whether none is in flight.
+
+        With `only_if_idle` it goes on taking them if one is.
+        """
         self.retired = True
-        idle = not self.flights and not self.in_flight()
-        if only_if_idle and not idle:
+        if only_if_idle and not self._is_idle():
             self.retired = False
-        return idle
+            return False
+        self._retired_for_good = True
+        # A call that ended before this was said has told nobody.
+        return only_if_idle or self._is_idle()
+
+    def _is_idle(self) -> bool:
+        return not (self.flights or self.asking or self.in_flight())
+
+    def leave_if_retired(self) -> None:
+        """Have a retired worker end, if what has just ended was its last call."""
+        if self._retired_for_good and not self.flights and not self.asking:
+            self._on_retired_idle(self)
 
     def start_error(self, problem: str) -> InferpoolError:
         """End a worker that is not ready, and say why it never will be."""
