@@ -200,7 +200,7 @@ def run(*, quick: bool) -> list[Row]:
     rounds = 3 if quick else 15
     rows: list[Row] = []
     rows += _round_trips(64, SMALL, rounds=rounds, repeats=300)
-    for size, repeats in ((1 << 20, 10), (16 << 20, 3)):
+    for size, repeats in ((1 << 20, 30), (16 << 20, 3)):
         rows += _round_trips(size, np.zeros(size, np.uint8), rounds=rounds, repeats=repeats)
     rows += _sleepers(rounds=rounds, repeats=300)
     rows += _asyncio(rounds=rounds, turns=100)

@@ -112,7 +112,7 @@ pub(crate) struct Parting {
 
 impl Parting {
     /// Moving costs tens of microseconds, and where every CPU is busy it helps nobody.
-    const PAUSE: Duration = Duration::from_millis(5);
+    const PAUSE: Duration = Duration::from_millis(1);
 
     pub(crate) fn new() -> Self {
         Self {
