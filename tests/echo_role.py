@@ -239,6 +239,7 @@ def facts(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
             "dropped": state.dropped,
             "role": state.role_config.role,
             "modules": [name for name in sys.modules if name.startswith("inferpool.host")],
+            "numpy": "numpy" in sys.modules,
         },
     )
 

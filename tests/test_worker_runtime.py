@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from conftest import echo_role, eventually
 
@@ -268,6 +269,14 @@ def test_a_step_that_raises_fails_what_was_deferred_and_the_loop_goes_on() -> No
     first, second = (FakeRequest(codec.encode("submit", None)) for _ in range(2))
     run(FakeChannel([first, None, second, None]), SteppingSession, submit=submit_nowhere)
     assert [request.outcome for request in (first, second)] == [["IndexError"], ["IndexError"]]
+
+
+def test_a_role_imports_numpy_with_its_first_array() -> None:
+    with Pool(echo=echo_role()) as pool:
+        assert pool.call("echo", "echo", [b"x" * 5000, (1, "two")]) == [b"x" * 5000, (1, "two")]
+        assert not pool.call("echo", "facts")["numpy"]
+        assert pool.call("echo", "echo", np.arange(3)).tolist() == [0, 1, 2]
+        assert pool.call("echo", "facts")["numpy"]
 
 
 def test_an_error_too_long_for_a_frame_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,20 +14,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, TypeVar
+from functools import cache, lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import msgspec
-import numpy as np
 
 from inferpool.errors import ProtocolError
 
 __all__ = ["Buffer", "Parts", "decode", "decode_as", "decode_messages", "encode"]
 
+if TYPE_CHECKING:
+    import numpy as np
+
 T = TypeVar("T")
 
-Buffer = bytes | memoryview | np.ndarray
+Buffer: TypeAlias = "bytes | memoryview | np.ndarray"
 
 Parts = tuple[str, Any] | list[Any]
 """What a frame holds: kind and a plain payload, which the transport encodes and decodes by itself,
@@ -59,7 +62,7 @@ def encode(kind: str, payload: Any) -> Parts:
     cls = type(payload)
     if (len(payload) < _INLINE_BYTES) if cls is bytes else (cls in _PLAIN):
         return kind, payload
-    if cls is np.ndarray:
+    if _is_array(cls):
         return [_array_message(kind, payload.dtype, payload.shape), _flat(payload)]
     try:
         parts: list[Buffer] = [b""]
@@ -132,7 +135,7 @@ def _pack(value: Any, parts: list[Buffer]) -> Any:
         return msgspec.msgpack.Ext(_TUPLE, _encode_message(_pack_items(value, parts)))
     if cls is bytes:
         return value if len(value) < _INLINE_BYTES else _pack_bytes(value, parts)
-    if cls is np.ndarray:
+    if _is_array(cls):
         return _pack_array(value, parts)
     if isinstance(value, msgspec.Struct):
         return {name: _pack(getattr(value, name), parts) for name in value.__struct_fields__}
@@ -163,7 +166,25 @@ def _pack_array(array: np.ndarray, parts: list[Buffer]) -> msgspec.msgpack.Ext:
     return reference
 
 
+# A role without arrays has no numpy, with which a worker takes half as long again to start and to
+# die.
+
+
+@cache
+def _numpy() -> Any:
+    import numpy as np
+
+    return np
+
+
+def _is_array(cls: type) -> bool:
+    # Nobody has an array who has not imported numpy.
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and cls is getattr(numpy, "ndarray", None)
+
+
 def _flat(array: np.ndarray) -> Buffer:
+    np = _numpy()
     flat = np.ascontiguousarray(array).reshape(-1)
     return flat.view(np.uint8) if flat.size else b""
 
@@ -220,13 +241,15 @@ def _dtype(text: Any) -> np.dtype[Any]:
     # `numpy.dtype` accepts far more than the dtypes that may travel.
     if not isinstance(text, str) or not _DTYPE.fullmatch(text):
         raise ValueError(f"dtype {text!r} may not travel")
-    return np.dtype(text)
+    dtype: np.dtype[Any] = _numpy().dtype(text)
+    return dtype
 
 
 def _view(part: Buffer, dtype: np.dtype[Any], shape: Sequence[int]) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize != len(part):
         raise ValueError("array and buffer differ in size")
-    return np.ndarray(tuple(shape), dtype, part)
+    array: np.ndarray = _numpy().ndarray(tuple(shape), dtype, part)
+    return array
 
 
 _Message = tuple[str, Any]
