@@ -41,12 +41,20 @@ class Session:
         time.sleep(self.options.get("close_seconds", 0))
 
 
+def _wait_before_the_end(frame: Any, event: str, arg: Any) -> None:
+    if event == "c_call" and arg.__name__ == "end":
+        sys.setprofile(None)
+        time.sleep(0.3)
+
+
 def make_session(role_config: RoleConfig, abort: Any) -> Session:
     options = role_config.options
     if "exit" in options:
         os._exit(options["exit"])
     if "raise" in options:
         raise RuntimeError(options["raise"])
+    if "end_late" in options:
+        sys.setprofile(_wait_before_the_end)
     began = time.monotonic()
     while time.monotonic() - began < options.get("load_seconds", 0) and not abort.is_set():
         report_loading((time.monotonic() - began) / options["load_seconds"])

@@ -340,6 +340,13 @@ def test_counters_say_what_the_channel_did(pool: Pool) -> None:
     assert pool.status()["echo"].counters == counters
 
 
+def test_the_end_of_the_start_comes_in_time() -> None:
+    with Pool(echo=echo_role(end_late=True)) as pool:
+        stream = pool.stream("echo", "count", 1)  # who waits looks whether the worker stands
+        assert list(stream) == [0]
+        assert pool.status()["echo"].counters["dropped_late"] == 0
+
+
 def test_an_idle_pool_sleeps() -> None:
     with Pool(a=echo_role(), b=echo_role()) as pool:
         pool.start()

@@ -444,7 +444,8 @@ class Incarnation:
                     self.loading = payload
                     continue
                 self.ready = codec.decode_as(event.parts, Ready)
-            elif event.kind == "error":
+                continue  # Given up here, its end would count as dropped late.
+            if event.kind == "error":
                 self._start_error = self._why_not_ready(event)
             self._start_call = None
 
