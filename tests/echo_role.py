@@ -187,6 +187,13 @@ def devour(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
         held.append(b"x" * (8 << 20))
 
 
+def hang_up(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Close the doorbell, as the kernel does for a process that ends, and live on."""
+    bell = json.loads(sys.argv[1])["fds"][2]
+    socket.socket(fileno=os.dup(bell)).shutdown(socket.SHUT_RDWR)
+    time.sleep(60)
+
+
 def exit_now(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     os._exit(payload)
 
@@ -276,6 +283,7 @@ HANDLERS: dict[str, KindHandler] = {
     "scribble": scribble,
     "devour": devour,
     "exit": exit_now,
+    "hang_up": hang_up,
     "exit_once": exit_once,
     "assert": assert_,
     "poll_for": poll_for,

@@ -121,6 +121,14 @@ def test_a_crash_of_one_role_leaves_the_others_streaming() -> None:
         assert first + list(stream) == list(range(50_000))
 
 
+def test_a_worker_that_hangs_up_and_lives_on_is_killed(pool: Pool) -> None:
+    with pytest.raises(WorkerCrashed) as caught:
+        pool.call("echo", "hang_up", timeout=20)
+    assert caught.value.exit == "SIGKILL"
+    assert "closed its channel" in (caught.value.cause or "")
+    assert pool.call("echo", "echo", 1) == 1
+
+
 @pytest.mark.parametrize(
     ("role", "message"),
     [

@@ -43,6 +43,9 @@ _RING_CAPACITY = 4 << 20
 """Bytes of each ring; larger frames flow through in fragments."""
 _REAP_SECONDS = 5.0
 """How long a killed process may take to go."""
+_DYING_SECONDS = 0.5
+"""How long a process may take to go once its end of the channel is closed: the kernel closes
+descriptors last. An event loop that learns of it is held up meanwhile."""
 
 
 class Incarnation:
@@ -329,7 +332,8 @@ class Incarnation:
             return error
         # A process whose descriptors have closed is on its way out, and its own way says more
         # than the signal that would end it here.
-        self.channel.wait_death(_REAP_SECONDS)
+        if not self.channel.wait_death(_DYING_SECONDS):
+            self._condemn("closed its channel and went on", stuck=False)
         ready = self.is_ready()
         self.end()
         how = self._exit if self._cause is None else f"{self._exit}, {self._cause}"
