@@ -41,7 +41,7 @@ test: check ## Run everything: check, Rust tests, short loom and fuzz runs, pyte
 	$(MAKE) loom LOOM_MAX_PREEMPTIONS=2
 	$(MAKE) fuzz FUZZ_SECONDS=20
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --durations=20
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	$(BIN)/coverage report --include='*/inferpool/worker/*' --fail-under=100
