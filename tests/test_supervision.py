@@ -31,6 +31,7 @@ from inferpool import (
     WorkerStartError,
     WorkerStuck,
 )
+from inferpool.host.restart import CrashRecord
 
 CPU = min(os.sched_getaffinity(0))
 
@@ -85,6 +86,22 @@ def test_the_second_restart_in_a_row_waits(asynchronous: bool) -> None:
         else:
             assert pool.call("echo", "echo", 1) == 1
         assert pool.status()["echo"].incarnation == 3
+
+
+def test_pauses_double_up_to_a_limit_and_are_shortened_at_random() -> None:
+    def pauses() -> list[float]:
+        record = CrashRecord(Policy(max_crashes=100, backoff=0.5))
+        seen = []
+        for _ in range(7):
+            record.crashed(at_load=False, suspect=None, how="SIGSEGV")
+            seen.append(record.pause())
+        return seen
+
+    several = [pauses() for _ in range(40)]
+    for place, full in enumerate([0.0, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]):
+        shortest, *_, longest = sorted(each[place] for each in several)
+        assert full / 2 - 0.05 <= shortest <= longest <= full
+        assert full == 0.0 or longest - shortest > full / 10
 
 
 def test_a_request_that_crashed_two_workers_is_refused() -> None:
