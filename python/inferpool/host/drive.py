@@ -56,14 +56,17 @@ class ThreadDriver:
         incarnation, call, awaited, timeout = wait
         act = call.next if awaited == "event" else call.send
         left = timeout
+        began = looked = time.monotonic()
         while True:
-            began = time.monotonic()
             try:
                 return act(turn if left is None else min(turn, left))
             except CallTimeout:
-                incarnation.check()
-                if left is not None:
-                    left -= time.monotonic() - began
+                now = time.monotonic()
+                if now - looked >= SLICE_SECONDS:
+                    incarnation.check()
+                    looked = now
+                if timeout is not None:
+                    left = timeout - (now - began)
                     if left <= 0:
                         raise
 
