@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from conftest import echo_role, eventually, is_running
@@ -31,7 +32,9 @@ from inferpool import (
     WorkerStartError,
     WorkerStuck,
 )
+from inferpool._transport import HostChannel
 from inferpool.host.restart import CrashRecord
+from inferpool.host.watch import Watch
 
 CPU = min(os.sched_getaffinity(0))
 
@@ -102,6 +105,32 @@ def test_pauses_double_up_to_a_limit_and_are_shortened_at_random() -> None:
         shortest, *_, longest = sorted(each[place] for each in several)
         assert full / 2 - 0.05 <= shortest <= longest <= full
         assert full == 0.0 or longest - shortest > full / 10
+
+
+def test_the_heartbeat_that_a_look_wakes_does_not_count_as_waiting_for_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    class Channel:
+        reader_behind = False
+
+        def ping(self) -> Any:
+            log.append("ping")
+            still = SimpleNamespace(requests=1, replies=0, finished=0, polls=0)
+            return SimpleNamespace(next=lambda timeout: SimpleNamespace(progress=still))
+
+    def times(pid: int) -> dict[int, tuple[bool, float]]:
+        log.append("threads")
+        return {1: (False, 0.0)}
+
+    monkeypatch.setattr("inferpool.host.watch.thread_times", times)
+    watch = Watch(cast("HostChannel", Channel()), 1)
+    for _ in range(4):
+        time.sleep(0.11)
+        frozen = watch.look()
+    assert log == ["ping", "ping", "threads", "ping", "threads", "ping"]
+    assert frozen >= 0.22
 
 
 def test_a_request_that_crashed_two_workers_is_refused() -> None:

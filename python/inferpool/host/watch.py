@@ -9,6 +9,7 @@ a busy machine it may be seconds from one graph node of a long prompt to the nex
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -77,14 +78,16 @@ class Watch:
                 return self.frozen
             self._looked = now
             news = self._hear()
+            late = passed > _LATE_SECONDS
             if news or (news is False and self._channel.reader_behind):
                 self.frozen = 0.0
                 self._threads = {}
-            elif passed > _LATE_SECONDS:
-                return 0.0  # what was heard is as old as that; the next look decides
-            else:
+            elif not late:
                 self.frozen += max(passed * _LEAST_SHARE, passed - self._starved(passed))
-            return self.frozen
+            # Last: it wakes the heartbeat, which then waits for a CPU itself.
+            self._ask()
+            # What a late look heard is as old as that; the next one decides.
+            return 0.0 if late else self.frozen
         finally:
             self._lock.release()
 
@@ -99,16 +102,22 @@ class Watch:
         return max(waits, default=0.0)
 
     def _hear(self) -> bool | None:
-        """Whether the heartbeat's answer has news; None while there is none. Asks again."""
-        moved = True
+        """Whether the heartbeat's answer has news; None while there is none."""
+        question, before = self._question, self.counts()
+        if question is None:
+            return True
         try:
-            question, before = self._question, self.counts()
-            if question is not None:
-                self._progress = question.next(timeout=0).progress
-                moved = self.counts() != before
-            self._question = self._channel.ping()
+            self._progress = question.next(timeout=0).progress
         except CallTimeout:
             return None
         except InferpoolError:
             self._question = None  # the worker has ended, which its calls learn by themselves
-        return moved
+            return True
+        self._question = None
+        return self.counts() != before
+
+    def _ask(self) -> None:
+        """Ask the heartbeat again, if it has answered."""
+        if self._question is None:
+            with contextlib.suppress(InferpoolError):
+                self._question = self._channel.ping()
