@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from conftest import children, descriptors, eventually, is_running
 from fault_role import LARGE
@@ -80,6 +81,8 @@ class Row:
     loading_bound: float | None = None
     seconds: float = 30.0
     """What the role does meanwhile, if the fault comes from outside and is survived."""
+    log: Literal["full", "removed"] | None = None
+    """What happens to the role's log: no space from the start, or no folder from the fault on."""
 
     @property
     def is_deadly(self) -> bool:
@@ -124,6 +127,10 @@ def _pause(pid: int) -> None:
     threading.Timer(0.5, os.kill, (pid, signal.SIGCONT)).start()
 
 
+def _leave(pid: int) -> None:
+    """The fault is not the worker's."""
+
+
 ROWS = [
     *(
         Row(name, _deaths(), PROMPT, _kill(signal.Signals[name]))
@@ -161,6 +168,11 @@ ROWS = [
     ),
     *(Row(name, _raises(), PROMPT) for name in ("Exception", "KeyboardInterrupt", "SystemExit")),
     Row("unencodable reply", {"request": RemoteError, "stream": RemoteError}, PROMPT),
+    *(
+        # What happens in the phase "request" is more than a fault in it: see `fault_hosts`.
+        Row(name, dict.fromkeys(set(PHASES) - {"request"}), PROMPT, _leave, seconds=0.3, log=log)
+        for name, log in (("the log's full disk", "full"), ("the log's folder removed", "removed"))
+    ),
 ]
 
 
@@ -211,6 +223,10 @@ class Case:
     phase: str
     folder: Path
 
+    @property
+    def _logs(self) -> Path:
+        return self.folder / "logs"
+
     def where(self) -> dict[str, Any]:
         """What the role is told: how to go wrong, or for how long to wait for it."""
         told: dict[str, Any] = {"phase": self.phase, "mark": str(self.folder / "mark")}
@@ -232,7 +248,12 @@ class Case:
         if self.phase == "loading" and self.row.loading_bound is not None:
             policy = dataclasses.replace(POLICY, start_timeout=START_TIMEOUT)
         bad = Role("fault_role:make_session", "fault_role:HANDLERS", options, policy=policy)
-        with Pool(bad=bad, close_timeout=CLOSE_TIMEOUT) as pool:
+        log_dir = None if self.row.log is None else self._logs
+        if log_dir is not None:
+            log_dir.mkdir()
+        if self.row.log == "full":
+            (self._logs / "worker-bad.log").symlink_to("/dev/full")
+        with Pool(bad=bad, close_timeout=CLOSE_TIMEOUT, log_dir=log_dir) as pool:
             took: float = getattr(self, f"_{self.phase}")(pool)
             if self.phase != "closing":
                 assert pool.call("bad", "echo", "next", timeout=20) == "next"
@@ -255,8 +276,14 @@ class Case:
         if self.row.inflict is not None:
             pid = pool.status()["bad"].pid
             assert pid is not None
-            self.row.inflict(pid)
+            self._inflict(pid)
         return began
+
+    def _inflict(self, pid: int) -> None:
+        assert self.row.inflict is not None
+        self.row.inflict(pid)
+        if self.row.log == "removed":
+            shutil.rmtree(self._logs)
 
     def _judge(self, outcome: Callable[[], Any], began: float, answer: Any) -> float:
         """Require that the call in flight ends once, as it must, in time."""
@@ -321,7 +348,7 @@ class Case:
             self._reached()
             began = time.monotonic()
             if self.row.inflict is not None:
-                self.row.inflict(pid)
+                self._inflict(pid)
             closed.result(20)
             return time.monotonic() - began
 
