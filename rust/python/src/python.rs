@@ -92,7 +92,7 @@ pub fn patiently<T: Send>(
         Err(Error::WouldPark | Error::Interrupted) => {}
         result => return Ok(result.map_err(Raised)?),
     }
-    // A gate costs two system calls, as much as a sleep and its wake-up cost beside the switch.
+    // A gate costs two system calls, and most waits end before it is needed.
     let nap = Instant::now() + NAP;
     let mut gated = false;
     loop {

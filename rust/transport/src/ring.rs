@@ -67,9 +67,9 @@ pub fn is_valid_capacity(capacity: usize) -> bool {
 /// writes the next; with records of 1 MiB an array of that size took half as long again.
 const RECORD: usize = 128 * 1024;
 
-/// A ring that is empty starts over once this part of it was written: 256 KiB of 4 MiB, so that
-/// short messages, whose records are small, seldom do.
-const START_OVER: usize = 16;
+/// An empty ring starts over for frames of at least this part of it, 64 KiB of 4 MiB. For shorter
+/// ones, to look at the other side's position costs more than they gain.
+const START_OVER: u64 = 64;
 
 /// Bytes of body that fit into one record: with half the ring, a record and the padding before it
 /// always fit into an empty ring; with a quarter, both sides can be at work in a small one too.
@@ -155,10 +155,10 @@ impl<M: Memory> Producer<M> {
     /// is still in the caches, and its pages are known to the CPU.
     fn starts_over(&mut self, header: &Header, offset: usize) -> Result<bool, Violation> {
         let capacity = self.memory.capacity();
+        let long = header.flags & FIRST != 0 && header.total >= capacity as u64 / START_OVER;
         // This record must have room. If headers of further ones have none, the frame waits for it.
         let needed = header.total.max(header.span() as u64);
-        let worth_it = offset >= capacity / START_OVER && needed <= offset as u64;
-        Ok(worth_it && header.flags & FIRST != 0 && self.has_space(capacity)?)
+        Ok(long && needed <= offset as u64 && self.has_space(capacity)?)
     }
 
     /// Whether a record with `length` bytes of body would fit now, padding included.

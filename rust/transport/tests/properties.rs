@@ -159,8 +159,8 @@ impl Model {
     /// Where a record would start, past the padding before it.
     fn start(&self, length: usize) -> usize {
         let offset = self.tail % self.capacity;
-        let starts_over =
-            self.records.is_empty() && offset >= self.capacity / 16 && span(length) <= offset;
+        let long = length >= self.capacity / 64;
+        let starts_over = self.records.is_empty() && long && span(length) <= offset;
         if span(length) > self.capacity - offset || starts_over {
             self.tail.next_multiple_of(self.capacity)
         } else {

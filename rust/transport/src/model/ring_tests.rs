@@ -117,8 +117,10 @@ fn pop_or_sleep(
 /// or a doorbell that would order anything else.
 #[test]
 fn loom_records_arrive_in_order_across_the_wrap() {
-    // The third does not fit behind the first two: 32 bytes of padding go before it.
-    const LENGTHS: [usize; 4] = [0, HALF, HALF - 5, 0];
+    // The third does not fit behind the first two: 32 bytes of padding go before it. The fourth
+    // fits behind it, but also starts over if the ring is empty then.
+    const LENGTHS: [usize; 4] = [0, HALF, HALF - 5, 2];
+    const END: u64 = 32 + 64 + 32 + 64 + 64;
     let started_over = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let count = std::sync::Arc::clone(&started_over);
     let (executions, ..) = explore("in order", bounded(), move |_| {
@@ -140,8 +142,8 @@ fn loom_records_arrive_in_order_across_the_wrap() {
         producer.join().unwrap();
         assert!(reader.peek().unwrap().is_none());
         let tail = memory.tail().load(Ordering::Relaxed);
-        assert!(tail >= 32 + 64 + 32 + 64 + 32);
-        if tail > 32 + 64 + 32 + 64 + 32 {
+        assert!(tail >= END);
+        if tail > END {
             count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         }
     });
