@@ -116,6 +116,8 @@ MUTANTS = [
     Mutant("ring.rs", "if space != capacity - offset {", "if false {", "hostile"),
     Mutant("ring.rs", " && self.has_space(capacity)?)", ")", "properties"),
     Mutant("ring.rs", "header.total.max(header.span() as u64)", "header.total", "properties"),
+    Mutant("spin.rs", "if now == seen ||", "if true ||", "lib"),
+    Mutant("spin.rs", " || extensions == EXTENSIONS", "", "lib"),
     Mutant("record.rs", "_ => return Err(Violation::Kind),", "_ => Self::Data,", "hostile"),
     Mutant(
         "record.rs",

@@ -30,6 +30,7 @@ from inferpool.errors import (
 from inferpool.host.flight import Flight
 from inferpool.host.incarnation import Incarnation, remote_error
 from inferpool.host.supervisor import Supervisor
+from inferpool.host.watch import SIGNAL_SECONDS
 
 __all__ = [
     "Deadline",
@@ -50,10 +51,6 @@ T = TypeVar("T")
 
 QUEUE_SECONDS = 30.0
 """How long a request waits for space behind a worker that does not read; then `QueueFull`."""
-
-
-NAP_SECONDS = 0.05
-"""How long a thread waits for an answer before it begins to look at its worker and for signals."""
 
 Wait = tuple[Incarnation, Call, Literal["sent", "event"], float | None]
 """What has to be waited for: that a request is out, or that something happens to a call, with
@@ -125,12 +122,13 @@ class OpenCall:
     def nap(self, timeout: float | None) -> tuple[Any] | None:
         """Block the thread a moment for an answer of one item, in a tuple of one.
 
-        None leaves all else to the steps of `call`, which take twice as long for that answer.
+        None leaves all else, and looks at the worker and for signals, to the steps of `call`.
         """
         if self.incarnation.ready is None:
             return None
         try:
-            answer = self.call.answer(NAP_SECONDS if timeout is None else min(NAP_SECONDS, timeout))
+            moment = SIGNAL_SECONDS if timeout is None else min(SIGNAL_SECONDS, timeout)
+            answer = self.call.answer(moment)
             if answer is None:
                 return None
             item = answer[1] if isinstance(answer, tuple) else codec.decode(answer)[1]

@@ -67,8 +67,8 @@ pub fn is_valid_capacity(capacity: usize) -> bool {
 /// writes the next; with records of 1 MiB an array of that size took half as long again.
 const RECORD: usize = 128 * 1024;
 
-/// An empty ring starts over for frames of at least this part of it, 64 KiB of 4 MiB. For shorter
-/// ones, to look at the other side's position costs more than they gain.
+/// An empty ring starts over for frames of at least this part of it, 64 KiB of 4 MiB. Each look at
+/// the other side's position takes a cache line from it, which a stream of short ones has no need of.
 const START_OVER: u64 = 64;
 
 /// Bytes of body that fit into one record: with half the ring, a record and the padding before it

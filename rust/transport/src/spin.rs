@@ -128,3 +128,43 @@ impl Parting {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    fn spinner() -> Spinner {
+        Spinner {
+            enabled: true,
+            cap: Duration::from_micros(1),
+            patience: 1,
+            failures: 0,
+        }
+    }
+
+    /// Counts how often it is asked, and says so if the other side works.
+    fn sign(asked: &Cell<u32>, works: bool) -> impl Fn() -> u64 + '_ {
+        move || {
+            asked.set(asked.get() + 1);
+            if works { asked.get().into() } else { 0 }
+        }
+    }
+
+    #[test]
+    fn a_spin_ends_with_its_cap_if_the_other_side_does_nothing() {
+        let asked = Cell::new(0);
+        assert!(!spinner().spin(|| false, || (), sign(&asked, false)));
+        assert_eq!(asked.get(), 2);
+    }
+
+    #[test]
+    fn a_spin_goes_on_while_the_other_side_works_but_not_for_ever() {
+        let asked = Cell::new(0);
+        assert!(spinner().spin(|| asked.get() == 5, || (), sign(&asked, true)));
+        let asked = Cell::new(0);
+        assert!(!spinner().spin(|| false, || (), sign(&asked, true)));
+        assert_eq!(asked.get(), 2 + EXTENSIONS);
+    }
+}
