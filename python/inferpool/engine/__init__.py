@@ -5,7 +5,7 @@
     backend     the native library: symbols checked, logs routed, initialised once
     gguf        metadata of a file not yet loaded     memory     whether it will fit
     model       a loaded GGUF: weights, vocabulary, metadata
-    context     what computes: one batch of tokens at a time, interruptible
+    context     what computes: one batch of tokens at a time
     packing     sequences -> pooled rows    chat       messages -> streamed text
     embedder    texts -> vectors            prompt     a request -> tokens, how to answer
     prefixes    model -> what it wants      template   messages -> text of a prompt

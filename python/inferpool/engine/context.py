@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -177,23 +175,15 @@ class Context:
             raise RuntimeError("the context is closed")
         return self._handle
 
-    @contextlib.contextmanager
-    def interruptible(self, abort: AbortToken | None) -> Iterator[None]:
-        """Let ``abort`` end every `decode` inside the block."""
-        if abort is None:
-            yield
-            return
+    def set_abort(self, abort: AbortToken | None) -> None:
+        """Let ``abort`` end every `decode` from now on; None lets nothing do so."""
+        if abort is self._abort:
+            return  # llama.cpp would write a line of log
+        callback, data = (0, None) if abort is None else (abort.callback, abort.data)
+        native = lib.ggml_abort_callback(callback)
+        lib.llama_set_abort_callback(self.handle, native, ctypes.c_void_p(data))
+        # What it points to lives as long as this object.
         self._abort = abort
-        callback = lib.ggml_abort_callback(abort.callback)
-        lib.llama_set_abort_callback(self.handle, callback, ctypes.c_void_p(abort.data))
-        try:
-            yield
-        finally:
-            self._abort = None
-            if self._handle is not None:
-                lib.llama_set_abort_callback(
-                    self._handle, lib.ggml_abort_callback(), ctypes.c_void_p()
-                )
 
     def decode(self, batch: Batch) -> None:
         """Compute ``batch``.

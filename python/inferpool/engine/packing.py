@@ -222,9 +222,9 @@ class Packer:
         for sequence, (job, row) in enumerate(plan):
             self._batch.add(job.tokens(row), sequence=sequence, output=True)
         try:
-            with self._context.interruptible(_any_of(jobs)):
-                self._context.clear()
-                self._context.decode(self._batch)
+            self._context.set_abort(_any_of(jobs))
+            self._context.clear()
+            self._context.decode(self._batch)
             for sequence, (job, row) in enumerate(plan):
                 self._read(sequence, job.rows[row])
         except InferpoolError as error:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,14 +165,9 @@ class Projector:
             raise InvalidRequest(f"can't prepare the images: {native_errors() or status}")
         return Chunks(handle)
 
-    @contextlib.contextmanager
-    def interruptible(self, abort: AbortToken | None) -> Iterator[None]:
-        """Let ``abort`` end every `decode` inside the block."""
+    def set_abort(self, abort: AbortToken | None) -> None:
+        """Let ``abort`` end every `decode` from now on; None lets nothing do so."""
         self._abort = abort
-        try:
-            yield
-        finally:
-            self._abort = None
 
     def decode(self, context: Context, chunk: Chunk, position: int) -> None:
         """Encode an image chunk, and decode what comes of it into sequence 0 of ``context``.

@@ -333,8 +333,8 @@ class Scheduler:
                 self._batch.want_last()
             rows.append(len(self._batch) - 1)
         try:
-            with self._context.interruptible(abort):
-                self._context.decode(self._batch)
+            self._context.set_abort(abort)
+            self._context.decode(self._batch)
         except InferpoolError as error:
             self._share_out(error, chunks, abort)
             return

@@ -145,21 +145,22 @@ class VisionEngine:
 
     def _generate(self, chunks: Chunks, answer: Answer, abort: AbortToken | None) -> Iterator[int]:
         """Token after token of the answer, without end; the last result is always unread."""
-        with self._context.interruptible(abort), self._projector.interruptible(abort):
-            self._context.clear()
-            position = 0
-            for chunk in chunks:
-                if chunk.tokens is None:
-                    self._projector.decode(self._context, chunk, position)
-                else:
-                    self._decode(chunk.tokens, position)
-                position += chunk.n_positions
-            answer.sampler.accept_prompt(answer.prompt.tokens)
-            while True:
-                token = answer.sampler.sample(self._context)
-                yield token
-                self._decode(np.array([token], np.int32), position)
-                position += 1
+        self._context.set_abort(abort)
+        self._projector.set_abort(abort)
+        self._context.clear()
+        position = 0
+        for chunk in chunks:
+            if chunk.tokens is None:
+                self._projector.decode(self._context, chunk, position)
+            else:
+                self._decode(chunk.tokens, position)
+            position += chunk.n_positions
+        answer.sampler.accept_prompt(answer.prompt.tokens)
+        while True:
+            token = answer.sampler.sample(self._context)
+            yield token
+            self._decode(np.array([token], np.int32), position)
+            position += 1
 
     def _decode(self, tokens: npt.NDArray[np.int32], position: int) -> None:
         """Decode text; the result of its last token can be read afterwards."""
