@@ -113,6 +113,35 @@ def test_a_memory_that_was_moved_is_found_again(
     assert len(decoded[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("n_parallel", "lengths"),
+    [(4, (40, 2)), (7, (40, 40, 2, 40))],
+    ids=["beside one answer", "between answers"],
+)
+def test_a_memory_is_kept_while_slots_are_empty(
+    model: Model, decoded: list[list[int]], n_parallel: int, lengths: tuple[int, ...]
+) -> None:
+    engine = ChatEngine(model, n_ctx=512, n_batch=64, n_parallel=n_parallel, n_threads=1)
+    callers = [
+        submit(engine, LONG if length == 2 else "Tell me a story.", max_tokens=length)
+        for length in lengths
+    ]
+    kept = callers[lengths.index(2)]
+    while kept.outcome is None:
+        engine.step()
+    submit(engine, "Count.", max_tokens=4)
+    engine.step()
+    slots = [answer.slot.id for answer in engine._scheduler._active]
+    assert slots == list(range(slots[0], slots[0] + len(lengths)))
+    finish(engine)
+    decoded.clear()
+    again = submit(engine, LONG, max_tokens=2)
+    finish(engine)
+    engine.close()
+    assert len(decoded[0]) == 1
+    assert again.text == kept.text
+
+
 def test_what_finds_no_room_waits_for_its_turn(engine: ChatEngine) -> None:
     callers = [submit(engine, f"Say {number}.", max_tokens=3) for number in range(8)]
     engine.step()

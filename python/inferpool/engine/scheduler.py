@@ -211,7 +211,8 @@ class Scheduler:
     def _place(self, prompt: Prompt) -> tuple[_Slot, _Slot, int]:
         """A free slot for ``prompt``, the slot whose memory begins like it, and how far.
 
-        Without such a beginning it is one beside the answers under way, see `_close_ranks`.
+        Without such a beginning it is an empty one, if there is any, and one beside the answers
+        under way, see `_close_ranks`.
         """
         n_common, source = max(
             ((common_prefix(slot.tokens, prompt.tokens), slot) for slot in self._slots),
@@ -221,8 +222,9 @@ class Scheduler:
         oldest = min(
             (slot for slot in self._slots if slot.free),
             key=lambda slot: (
-                bool(busy) and busy.isdisjoint((slot.id - 1, slot.id + 1)),
+                # To move an answer takes far less than to read a lost memory again.
                 bool(slot.tokens),
+                bool(busy) and busy.isdisjoint((slot.id - 1, slot.id + 1)),
                 slot.used,
             ),
         )
@@ -246,10 +248,11 @@ class Scheduler:
         if not n or self._active[-1].slot.id - self._active[0].slot.id < n:
             return
 
-        def loss(begin: int) -> tuple[int, int]:
-            """Memories to be overwritten, and when the latest of them was used."""
+        def loss(begin: int) -> tuple[int, int, int]:
+            """Memories to be overwritten, to be moved, and when the latest lost one was used."""
             free = [slot for slot in self._slots[begin : begin + n] if slot.free]
-            return len(free), max((slot.used for slot in free if slot.tokens), default=0)
+            lost = [slot.used for slot in free if slot.tokens]
+            return len(lost), len(free), max(lost, default=0)
 
         begin = min(range(len(self._slots) - n + 1), key=loss)
         row = self._slots[begin : begin + n]
