@@ -254,6 +254,33 @@ def test_a_bare_object_is_a_call_only_at_the_start() -> None:
     assert parsed('{"answer": 42}', calls=llama).text == '{"answer": 42}'
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Alice", "age": 30}',
+        '{"parameters": {"a": 1}, "name": "Alice"}',
+        '{"function": {"name": "Alice"}}',
+    ],
+)
+@given(cuts=st.lists(st.integers(0, 100)))
+def test_a_bare_object_that_names_no_tool_is_text(text: str, cuts: list[int]) -> None:
+    result = parsed(text, cuts, calls=form_of(FAMILIES["llama"][0]))
+    assert (result.text, result.tool_calls, result.finish_reason) == (text, [], "stop")
+    # A model that marks its calls may get a name wrong, which its caller can tell it.
+    marked = parsed(f"<tool_call>{text}</tool_call>", cuts, calls=HERMES)
+    assert [call.function.name for call in marked.tool_calls] == ["Alice"]
+
+
+@pytest.mark.parametrize("arguments", ["", ', "arguments": null', ', "arguments": ""'])
+@given(cuts=st.lists(st.integers(0, 100)))
+def test_a_call_without_arguments_has_an_empty_object_of_them(
+    arguments: str, cuts: list[int]
+) -> None:
+    for call in ('{"name": "clock"%s}', '{"function": {"name": "clock"%s}}'):
+        text = f"<tool_call>[{call % arguments}, {call % arguments}]</tool_call>"
+        assert calls_of(parsed(text, cuts, calls=HERMES)) == [("clock", {})] * 2
+
+
 def test_a_call_that_is_cut_ends_with_length() -> None:
     parser = AnswerParser(calls=HERMES, tools=TOOLS)
     told = parser.push(b'<tool_call>{"name": "clock", "arguments": {"a')
@@ -390,6 +417,14 @@ def test_tool_choice_none_hides_the_tools(engine: ChatEngine) -> None:
     none = ask(engine, "Why do bees dance?", max_tokens=8, tools=[CLOCK], tool_choice="none")
     assert none.text == plain.text
     assert none.usage == plain.usage
+
+
+def test_what_a_grammar_asks_for_is_text_even_where_it_looks_like_a_call(
+    engine: ChatEngine,
+) -> None:
+    text = '<tool_call>{"name": "clock"}</tool_call>'
+    result = ask(engine, "Hi.", tools=[CLOCK], grammar=f"root ::= {json.dumps(text)}")
+    assert (result.text, result.tool_calls, result.finish_reason) == (text, [], "stop")
 
 
 def test_a_grammar_waits_for_the_end_of_reasoning(model: Model) -> None:

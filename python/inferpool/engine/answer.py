@@ -194,8 +194,9 @@ class AnswerParser:
         if self._reasoning is not None and mark == self._reasoning.begin:
             self._thinking = self._skips_space = True
         elif self._calls is not None:
-            self._reader = CallReader(self._calls, self._tools, self._n_calls)
-            self._held = mark + self._held if mark == "{" else self._held
+            is_bare = mark == "{"
+            self._reader = CallReader(self._calls, self._tools, self._n_calls, bare=is_bare)
+            self._held = mark + self._held if is_bare else self._held
         return True
 
     def _release(self, where: str, marks: Sequence[str]) -> None:

@@ -43,13 +43,25 @@ class CallReader:
         raw: all that was read.
     """
 
-    def __init__(self, form: ToolFormat, tools: Sequence[Tool], n_calls: int) -> None:
+    def __init__(
+        self, form: ToolFormat, tools: Sequence[Tool], n_calls: int, *, bare: bool = False
+    ) -> None:
+        """Start to read.
+
+        Args:
+            form: how the model writes calls.
+            tools: what it may call.
+            n_calls: calls of the same answer before.
+            bare: nothing marked what is read as a call, so it is one of ``tools`` or none.
+        """
         self.deltas: list[ToolCallDelta] = []
         self.n_calls = n_calls
         self.raw = ""
         self._before = n_calls
         self._form = form
         self._tools = {tool.function.name: tool.function for tool in tools}
+        self._bare = bare
+        self._has_arguments = False  # of the last call
         self._text = ""
         self._at = 0
         self._steps = getattr(self, f"_read_{form.shape}")()
@@ -84,7 +96,7 @@ class CallReader:
             if opening == form.end:
                 return
             if opening == "{":
-                yield from self._object()
+                yield from self._call()
             else:
                 yield from self._list()
             if not form.end:
@@ -94,7 +106,13 @@ class CallReader:
         while (character := (yield from self._after_space(","))) != "]":
             if character != "{":
                 raise _Broken
-            yield from self._object()
+            yield from self._call()
+
+    def _call(self) -> _Wanting:
+        """A call whose brace was read."""
+        yield from self._object()
+        if not self._has_arguments:
+            self._add("{}")
 
     def _object(self) -> _Wanting:
         """A call as an object whose brace was read."""
@@ -184,9 +202,10 @@ class CallReader:
     # What is told
 
     def _begin(self, name: Any) -> None:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or (self._bare and name not in self._tools):
             raise _Broken
         self._function = name
+        self._has_arguments = False
         self.deltas.append(
             ToolCallDelta(
                 index=self.n_calls,
@@ -201,6 +220,7 @@ class CallReader:
     def _add(self, arguments: str) -> None:
         delta = ToolCallDelta(index=self.n_calls - 1, function=FunctionDelta(arguments=arguments))
         self.deltas.append(delta)
+        self._has_arguments |= bool(arguments)
 
     # The text
 
@@ -250,6 +270,8 @@ class CallReader:
         yield from self._peek()
         if self._text[self._at] == '"':
             sink((yield from self._json()))
+        elif self._text[self._at] == "n":  # null: there are none
+            yield from self._scan(lambda _: None)
         else:
             yield from self._scan(sink)
 

@@ -148,10 +148,12 @@ class PromptBuilder:
             self._check_room(request, asked, len(tokens) - asked)
         reasoning = self._reasoning
         thinking = reasoning is not None and text.rstrip().endswith(reasoning.begin)
-        grammar = _call_grammar(request, self._format) or grammar_of(request)
+        forced = _call_grammar(request, self._format)
+        grammar = forced or grammar_of(request)
         if grammar is not None and thinking and reasoning is not None:
             grammar = Grammar(grammar.gbnf, after=reasoning.end)
-        calls = self._format if tools else None
+        # What the caller wants the answer to look like is text, even where it looks like a call.
+        calls = self._format if tools and (forced or not grammar) else None
         return Prompt(
             model=self._model,
             request=request,
