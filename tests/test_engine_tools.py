@@ -214,6 +214,9 @@ def test_text_before_and_after_calls_is_text(cuts: list[int]) -> None:
         '<tool_call>{"arguments": {}}</tool_call>',
         "<tool_call>",
         "a <tool_c",
+        "Models write `<tool_call>` before a call.",
+        "Use\n<tool_call> or <tool_call>.",
+        '<tool_call>```js\n{"name": "clock"}',
         "[" * 100,
     ],
 )
@@ -222,8 +225,20 @@ def test_what_only_looks_like_a_call_stays_text(text: str, cuts: list[int]) -> N
     result = parsed(text, cuts, calls=HERMES)
     assert result.tool_calls == []
     assert result.finish_reason == "stop"
-    assert "".join(result.text.split()) in "".join(text.split())
-    assert result.text.startswith(text.partition("<tool_call>")[0].strip()[:3])
+    assert result.text == text
+
+
+@given(cuts=st.lists(st.integers(0, 1000)))
+def test_a_call_is_found_after_what_only_looked_like_one(cuts: list[int]) -> None:
+    for before in ("Use `<tool_call>` so:", "<tool_call>[", '<tool_call>{"a"', "<tool_call>```js"):
+        result = parsed(f"{before} {FAMILIES['hermes'][1]}", cuts, calls=HERMES)
+        assert (result.text, len(result.tool_calls)) == (before, 2)
+    command_r = form_of(FAMILIES["command-r"][0])
+    result = parsed(f"Plan of Action: do.\n{FAMILIES['command-r'][1]}", cuts, calls=command_r)
+    assert (result.text, len(result.tool_calls)) == ("Plan of Action: do.", 2)
+    llama = form_of(FAMILIES["llama"][0])
+    text = '\n{"a": 1} {"name": "clock", "parameters": {}}'
+    assert parsed(text, cuts, calls=llama).text == text
 
 
 @given(st.text('{}[]",:nae<tolcm_>/ \n\\é', max_size=60), st.lists(st.integers(0, 100)))

@@ -67,6 +67,7 @@ class AnswerParser:
         self._dropped = dropped_messages
         self._thinking = thinking
         self._reader: CallReader | None = None
+        self._opening = ""  # what was cut off before what it reads
         self._n_calls = 0
         self._held = ""
         self._at_start = True  # nothing but white space was said yet
@@ -98,7 +99,7 @@ class AnswerParser:
         """
         self._sort(self._stream.finish())
         if self._reader is not None and not self._reader.found:
-            self._held, self._reader = self._reader.raw, None
+            self._held, self._reader = self._opening + self._reader.raw, None
         if self._reader is None:
             self._said["reasoning" if self._thinking else "text"] += self._held.rstrip()
         if reason == "stop" and self._n_calls:
@@ -156,8 +157,12 @@ class AnswerParser:
         if reader.found:
             self._held, self._skips_space = rest, True
             return True
-        self._said["text"] += rest  # it only looked like a call
-        return False
+        # It only looked like a call, and what follows may be one.
+        read = self._opening + reader.raw
+        text = read.removesuffix(rest).rstrip()
+        self._said["text"] += text
+        self._held, self._at_start = read[len(text) :], False
+        return True
 
     def _read_reasoning(self, reasoning: Reasoning) -> bool:
         before, mark, after = self._held.partition(reasoning.end)
@@ -188,7 +193,9 @@ class AnswerParser:
             self._held = self._held[at:]
             self._at_start = False
             return True
-        self._said["text"] += self._held[:at].rstrip()
+        before = self._held[:at].rstrip()
+        self._said["text"] += before
+        self._opening = self._held[len(before) : at + len(mark)]
         self._held = self._held[at + len(mark) :]
         self._at_start = self._at_start and not is_call
         if self._reasoning is not None and mark == self._reasoning.begin:
@@ -196,7 +203,8 @@ class AnswerParser:
         elif self._calls is not None:
             is_bare = mark == "{"
             self._reader = CallReader(self._calls, self._tools, self._n_calls, bare=is_bare)
-            self._held = mark + self._held if is_bare else self._held
+            if is_bare:
+                self._opening, self._held = self._opening[:-1], mark + self._held
         return True
 
     def _release(self, where: str, marks: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ __all__ = ["CallReader", "forced_call"]
 _ID_CHARACTERS = string.ascii_letters + string.digits
 _NAME = re.compile(r"\s*([\w.-]+)")
 _SPACE = " \t\r\n"
+_FENCE = "```json"
 
 _Wanting = Generator[None, None, Any]
 """Yields where it needs more text."""
@@ -74,7 +75,7 @@ class CallReader:
     def feed(self, text: str) -> str | None:
         """Read more; once the calls have ended, returns what follows them.
 
-        If there is no call in it, what is returned is all that was read.
+        If it turns out to be no call, what is returned follows the text that only looked like one.
         """
         self.raw += text
         self._text = self._text[self._at :] + text
@@ -84,28 +85,34 @@ class CallReader:
         except StopIteration:
             return self._text[self._at :]
         except (_Broken, ValueError, RecursionError):
-            return self._text[self._at :] if self.found else self.raw
+            return self._text[self._at :]
         return None
 
     # Families
 
     def _read_json(self) -> _Wanting:
         form = self._form
-        while True:
-            opening = yield from self._wait("{", "[", *([form.end] if self.found else []))
-            if opening == form.end:
-                return
+        opening = yield from self._opening()
+        while opening != form.end:
             if opening == "{":
                 yield from self._call()
             else:
                 yield from self._list()
             if not form.end:
                 return
+            opening = yield from self._wait("{", "[", form.end)
+
+    def _opening(self) -> _Wanting:
+        """Read what the first call begins with; after any other text there is none."""
+        yield from self._peek()
+        while _FENCE.startswith(text := self._text[self._at :]) and text != _FENCE:
+            yield
+        if text.startswith(_FENCE):
+            self._at += len(_FENCE)
+        return (yield from self._after_space("", "{["))
 
     def _list(self) -> _Wanting:
-        while (character := (yield from self._after_space(","))) != "]":
-            if character != "{":
-                raise _Broken
+        while (yield from self._after_space(",", "{]")) != "]":
             yield from self._call()
 
     def _call(self) -> _Wanting:
@@ -118,13 +125,10 @@ class CallReader:
         """A call as an object whose brace was read."""
         known = False
         arguments: list[str] = []
-        while (character := (yield from self._after_space(","))) != "}":
-            if character != '"':
-                raise _Broken
+        while (yield from self._after_space(",", '"}')) != "}":
             self._at -= 1
             key = yield from self._json()
-            if (yield from self._after_space("")) != ":":
-                raise _Broken
+            yield from self._after_space("", ":")
             yield from self._peek()
             if key in {self._form.name, "name"}:
                 self._begin((yield from self._json()))
@@ -233,12 +237,15 @@ class CallReader:
                 self._at += 1
             yield
 
-    def _after_space(self, skipped: str) -> _Wanting:
-        """Read the next character that is neither space nor in ``skipped``."""
+    def _after_space(self, skipped: str, wanted: str) -> _Wanting:
+        """Read the next character that is neither space nor in ``skipped``: one of ``wanted``."""
         while True:
             yield from self._peek()
+            character = self._text[self._at]
+            if character not in skipped + wanted:
+                raise _Broken
             self._at += 1
-            if (character := self._text[self._at - 1]) not in skipped or not skipped:
+            if character in wanted:
                 return character
 
     def _wait(self, *marks: str) -> _Wanting:
