@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from inferpool import ChatConfig, ContextLengthExceeded, InvalidRequest, ModelError, Pool
+from inferpool.host.roles.chat import (
+    ChatOptions,
+    CompletionOptions,
+    Sampling,
+    _completion_request,
+)
+from inferpool.host.roles.vision import PdfOptions, _chat, _pdf_request
 
 USER = {"role": "user", "content": "Why do bees dance?"}
 CALL = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
@@ -58,6 +65,9 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "a megabyte of emoji": ("🐝" * (1 << 18), {}, ContextLengthExceeded, "context holds 512"),
     "more than there is": ("hi", {"max_tokens": 512}, ContextLengthExceeded, "512 for the answer"),
     "unknown option": ("hi", {"temprature": 1.0}, TypeError, "temprature"),
+    "unknown option of None": ("hi", {"temprature": None}, TypeError, "temprature"),
+    "stop of a number": ("hi", {"stop": 5}, TypeError, "stop"),
+    "too many stops": ("hi", {"stop": ["x"] * 300}, ValueError, "stop must hold at most 256"),
     "wrong type": ("hi", {"top_k": "many"}, TypeError, "top_k"),
     "out of range": ("hi", {"top_p": 2.0}, ValueError, "top_p"),
     "not a number": ("hi", {"temperature": float("nan")}, ValueError, "temperature"),
@@ -114,6 +124,31 @@ def test_a_bad_request_is_a_typed_error_and_the_next_call_works(
         chat_pool.chat(messages, **options)
     assert chat_pool.chat("Hi!", max_tokens=1, temperature=0).usage.completion_tokens == 1
     assert chat_pool.status()["chat"].pid == pid
+
+
+def test_what_is_none_is_not_given(chat_pool: Pool) -> None:
+    names = set(get_type_hints(ChatOptions)) - {"max_tokens", "temperature"}
+    given: dict[str, Any] = {"max_tokens": 4, "temperature": 0}
+    plain = chat_pool.chat("Hi!", **given)
+    assert chat_pool.chat("Hi!", **given, **dict.fromkeys(names)).text == plain.text
+    for request, about, options in (
+        (_completion_request, ("Hi!",), CompletionOptions),
+        (_chat, ("Hi!",), Sampling),
+        (_pdf_request, (b"%PDF", "Hi!"), PdfOptions),
+    ):
+        nothing = dict.fromkeys(set(get_type_hints(options)) - {"model"})
+        make: Any = request
+        assert make(*about, nothing) == make(*about, {})
+
+
+def test_one_text_may_stop_an_answer(chat_pool: Pool) -> None:
+    options: dict[str, Any] = {"max_tokens": 24, "temperature": 0}
+    whole = chat_pool.chat.complete("One, two, three,", **options).text
+    stop = whole.split()[1]
+    for form in (stop, [stop], (stop,)):
+        stopped = chat_pool.chat.complete("One, two, three,", stop=form, **options)
+        assert stopped.text == whole[: whole.index(stop)]
+        assert stopped.finish_reason == "stop"
 
 
 HOSTILE = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeVar, Unpack
+
+import msgspec
 
 from inferpool.host.calls import Driver, Naming, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
@@ -13,7 +15,9 @@ from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult, Priority, read
 
-__all__ = ["AsyncChat", "Chat", "ChatOptions", "Messages"]
+__all__ = ["AsyncChat", "Chat", "ChatOptions", "Messages", "Sampling", "read_given"]
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 Messages = str | Sequence[Mapping[str, Any] | ChatMessage]
 """What a user says, or a conversation of ``{"role": ..., "content": ...}`` turns as OpenAI has
@@ -24,63 +28,63 @@ class Sampling(ModelOption, total=False):
     """How an answer is chosen. Names are OpenAI's or llama.cpp's; defaults are llama.cpp's.
 
     The options act in the order of this list, which is llama.cpp's; the value that turns each
-    off is given.
+    off is given. One that is None is as if it were not given.
     """
 
     max_tokens: int | None
     """Tokens of the answer at most; None: until the context is full."""
-    stop: list[str]
-    """Texts that end the answer; they are not part of it."""
+    stop: str | Sequence[str] | None
+    """A text that ends the answer, or up to 256 of them; they are not part of it."""
     grammar: str | None
     """GBNF that the answer must follow (``grammars/README.md`` of llama.cpp)."""
     response_format: Mapping[str, Any] | None
     """``{"type": "json_object"}``, or ``{"type": "json_schema", "json_schema": {"schema": ...}}``:
     the answer is such JSON, unless it is cut by ``max_tokens``."""
-    logprobs: bool
+    logprobs: bool | None
     """Tell how likely each token was, before any of the following acted."""
-    top_logprobs: int
+    top_logprobs: int | None
     """Tell that of the likeliest tokens too, up to 20 for each place. Default 0."""
-    logit_bias: Mapping[int, float] | Mapping[str, float]
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
     """Added to the logit of a token, by its id; minus infinity bans it."""
-    repeat_penalty: float
+    repeat_penalty: float | None
     """Divides the logit of tokens seen lately. Default 1, which is off."""
-    frequency_penalty: float
+    frequency_penalty: float | None
     """Subtracted for each time a token was seen lately. Default 0, which is off."""
-    presence_penalty: float
+    presence_penalty: float | None
     """Subtracted if a token was seen lately. Default 0, which is off."""
-    repeat_last_n: int
+    repeat_last_n: int | None
     """How many of the last tokens, prompt included, these three look at. Default 64."""
-    dry_multiplier: float
+    dry_multiplier: float | None
     """Strength of the penalty on growing repetitions (DRY). Default 0, which is off."""
-    dry_base: float
+    dry_base: float | None
     """By what each further token of a repetition multiplies it. Default 1.75."""
-    dry_allowed_length: int
+    dry_allowed_length: int | None
     """Length from which on a repetition is penalised. Default 2."""
-    dry_penalty_last_n: int
+    dry_penalty_last_n: int | None
     """How many of the last tokens are searched for repetitions. Default 64."""
-    dry_sequence_breakers: Sequence[str]
-    """Texts that end a repetition. Default newline, colon, quotation mark and asterisk."""
-    top_k: int
+    dry_sequence_breakers: Sequence[str] | None
+    """Up to 64 texts that end a repetition. Default newline, colon, quotation mark and asterisk."""
+    top_k: int | None
     """Keep the likeliest tokens, this many. Default 40; 0 is off."""
-    typical_p: float
+    typical_p: float | None
     """Keep the locally typical tokens of this mass. Default 1, which is off."""
-    top_p: float
+    top_p: float | None
     """Keep the likeliest tokens of this mass. Default 0.95; 1 is off."""
-    min_p: float
+    min_p: float | None
     """Keep tokens at least this likely, relative to the likeliest. Default 0.05; 0 is off."""
-    xtc_probability: float
+    xtc_probability: float | None
     """How often all but the least likely of the tokens above ``xtc_threshold`` are excluded.
     Default 0, which is off."""
-    xtc_threshold: float
+    xtc_threshold: float | None
     """Default 0.1."""
-    temperature: float
+    temperature: float | None
     """Default 0.8; 0 always takes the likeliest token."""
-    mirostat: Literal[0, 1, 2]
+    mirostat: Literal[0, 1, 2] | None
     """Aim at a surprise of ``mirostat_tau`` instead, by version 1 or 2; of the options above only
     ``logit_bias`` and ``temperature`` act then. Default 0, which is off."""
-    mirostat_tau: float
+    mirostat_tau: float | None
     """Surprise to aim at, in bits. Default 5."""
-    mirostat_eta: float
+    mirostat_eta: float | None
     """How fast. Default 0.1."""
     seed: int | None
     """The same seed and request give the same answer, unless other calls are served meanwhile,
@@ -93,20 +97,20 @@ class CompletionOptions(Sampling, total=False):
     cache_prompt: bool | None
     """Whether to go on from what an earlier prompt left in memory, which saves most of a prompt's
     time and may change the rounding, and so now and then a token. None: unless a seed is given."""
-    priority: Priority
+    priority: Priority | None
     """Default "interactive"; "bulk" waits until no other call waits for its turn."""
 
 
 class ChatOptions(CompletionOptions, total=False):
     """Options of a chat call."""
 
-    tools: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
     """What the model may call: ``{"type": "function", "function": {"name": ..., "description": ...,
     "parameters": a JSON schema}}``."""
-    tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any]
+    tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None
     """Whether it must: ``"required"``, or ``{"type": "function", "function": {"name": ...}}`` for a
     certain one; the answer is then a well-formed call. Default ``"auto"``."""
-    truncation: Literal["auto", "disabled"]
+    truncation: Literal["auto", "disabled"] | None
     """``"auto"``, the default, drops the oldest exchanges of a conversation that the context can't
     hold, but not system messages and the last user's turn; ``"disabled"`` raises
     `ContextLengthExceeded`. Without ``max_tokens`` it keeps a quarter of the context free."""
@@ -224,16 +228,33 @@ class AsyncChat:
         return AsyncStream(self._driver, opening, timeout, _chat_deltas)
 
 
+def read_given(options: Mapping[str, Any], message: type[T]) -> T:
+    """`read` what OpenAI's clients pass: None for an option that is not given, one text as stop.
+
+    Raises:
+        TypeError, ValueError: as `read`.
+    """
+    fields = {
+        name: value
+        for name, value in options.items()
+        # What is unknown is refused whatever it is.
+        if value is not None or name not in message.__struct_fields__
+    }
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    return read(fields, message)
+
+
 def _chat_request(messages: Messages, options: ChatOptions) -> ChatRequest | Naming:
     model = options.pop("model", None)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return naming(model, read({"messages": messages, **options}, ChatRequest))
+    return naming(model, read_given({"messages": messages, **options}, ChatRequest))
 
 
 def _completion_request(prompt: str, options: CompletionOptions) -> ChatRequest | Naming:
     model = options.pop("model", None)
-    return naming(model, read({"prompt": prompt, **options}, ChatRequest))
+    return naming(model, read_given({"prompt": prompt, **options}, ChatRequest))
 
 
 def _chat(

@@ -14,7 +14,7 @@ import numpy as np
 
 from inferpool.host.calls import Driver, Naming, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
-from inferpool.host.roles.chat import Messages, Sampling
+from inferpool.host.roles.chat import Messages, Sampling, read_given
 from inferpool.host.roles.naming import naming
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
@@ -46,7 +46,7 @@ class PdfOptions(Sampling, total=False):
     ``finish_reason="timeout"``, and the next page follows."""
     password: str | None
     """What opens an encrypted document."""
-    dpi: int
+    dpi: int | None
     """Default 144: pixels per inch of the rasterised page."""
 
 
@@ -196,12 +196,12 @@ def _pdf_request(
         own["pages"] = list(own["pages"])
     data = document if isinstance(document, bytes) else Path(document).read_bytes()
     chat = _chat(prompt, sampling)
-    return naming(model, read({"document": data, "chat": chat, **own}, PdfRequest))
+    return naming(model, read_given({"document": data, "chat": chat, **own}, PdfRequest))
 
 
 def _chat(prompt: Messages, options: Any) -> Conversation:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return read({"messages": messages, **options}, Conversation)
+    return read_given({"messages": messages, **options}, Conversation)
 
 
 def _image(image: Any) -> bytes | np.ndarray:
