@@ -384,6 +384,9 @@ def test_contradictory_formats_are_refused(options: dict[str, Any]) -> None:
         ({"dry_allowed_length": -1}, "dry_allowed_length"),
         ({"dry_penalty_last_n": 1 << 40}, "dry_penalty_last_n"),
         ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers"),
+        ({"dry_sequence_breakers": ["a"] * 65}, "dry_sequence_breakers must hold at most 64"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 257}, "stop must hold at most 256 texts, not 257"),
         ({"mirostat_tau": -1.0}, "mirostat_tau"),
         ({"mirostat_eta": math.inf}, "mirostat_eta"),
         ({"logit_bias": {"bee": 1.0}}, "logit_bias"),
@@ -392,8 +395,12 @@ def test_contradictory_formats_are_refused(options: dict[str, Any]) -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "logprobs=True"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_an_option_out_of_range_is_named(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Sampling(**options)
+
+
+def test_as_many_texts_as_there_may_be() -> None:
+    Sampling(stop=["a"] * 256, dry_sequence_breakers=("a",) * 64)

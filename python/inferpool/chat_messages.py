@@ -115,8 +115,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=True")
         _check_logit_bias(self.logit_bias)
-        for name in ("stop", "dry_sequence_breakers"):
-            if "" in getattr(self, name):
+        for name, most in _MOST_TEXTS.items():
+            texts = getattr(self, name)
+            if len(texts) > most:
+                raise ValueError(f"{name} must hold at most {most} texts, not {len(texts)}")
+            if "" in texts:
                 raise ValueError(f"{name} must not hold an empty string")
 
 
@@ -130,6 +133,9 @@ def _check_logit_bias(logit_bias: dict[int | str, float]) -> None:
                 f"logit_bias of token {token} must be between -1e6 and 1e6, not {bias}"
             )
 
+
+# Each is looked for at every token, or compared with the whole vocabulary, while others wait.
+_MOST_TEXTS = {"stop": 256, "dry_sequence_breakers": 64}
 
 _SAMPLING_RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 1e6),
