@@ -194,6 +194,25 @@ def test_a_tool_whose_schema_cannot_be_kept_to_is_named() -> None:
         forced_call(HERMES, tools)
 
 
+@given(cuts=st.lists(st.integers(0, 100)))
+def test_a_call_between_tags_may_have_no_arguments(cuts: list[int]) -> None:
+    for family in ("glm", "glm-4.7"):
+        text = "<tool_call>clock</tool_call>\n<tool_call>clock\n</tool_call>"
+        result = parsed(text, cuts, calls=form_of(FAMILIES[family][0]))
+        assert calls_of(result) == [("clock", {})] * 2
+
+
+@given(cuts=st.lists(st.integers(0, 100)))
+def test_a_model_s_own_id_is_the_call_s(cuts: list[int]) -> None:
+    form = form_of(FAMILIES["mistral-args"][0])
+    tokens = ["[TOOL_CALLS]", "clock", "[CALL_ID]", "bzKv7f0JM", "[ARGS]", "{}"]
+    # Those in brackets are control tokens, which show only where a format knows them.
+    text = "".join(token for token in tokens if token[0] != "[" or token in form.markers)
+    result = parsed(text, cuts, calls=form)
+    assert calls_of(result) == [("clock", {})]
+    assert result.tool_calls[0].id == "bzKv7f0JM"
+
+
 # What is no call
 
 
@@ -232,6 +251,16 @@ def test_what_only_looks_like_a_call_stays_text(text: str, cuts: list[int]) -> N
 def test_a_call_is_found_after_what_only_looked_like_one(cuts: list[int]) -> None:
     for before in ("Use `<tool_call>` so:", "<tool_call>[", '<tool_call>{"a"', "<tool_call>```js"):
         result = parsed(f"{before} {FAMILIES['hermes'][1]}", cuts, calls=HERMES)
+        assert (result.text, len(result.tool_calls)) == (before, 2)
+    for family, before in (
+        ("functionary", "Write <function= and a name."),
+        ("functionary", "Write <function=f and a name."),
+        ("qwen3-coder", "Write <tool_call> around it."),
+        ("glm-4.7", "Write <tool_call> before a call"),
+        ("mistral-args", "Write [TOOL_CALLS]clock first,"),
+        ("deepseek-r1", "Write {0} or {0}, that is".format(FAMILIES["deepseek-r1"][0])),
+    ):
+        result = parsed(f"{before} {FAMILIES[family][1]}", cuts, calls=form_of(FAMILIES[family][0]))
         assert (result.text, len(result.tool_calls)) == (before, 2)
     command_r = form_of(FAMILIES["command-r"][0])
     result = parsed(f"Plan of Action: do.\n{FAMILIES['command-r'][1]}", cuts, calls=command_r)

@@ -19,7 +19,8 @@ from inferpool.messages import FunctionDelta, Tool, ToolCallDelta
 __all__ = ["CallReader", "forced_call"]
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
-_NAME = re.compile(r"\s*([\w.-]+)")
+_NAME = re.compile(r"[\w.-]+")
+_ID = re.compile(r"[A-Za-z0-9]{9}")
 _SPACE = " \t\r\n"
 _FENCE = "```json"
 
@@ -175,15 +176,26 @@ class CallReader:
         """Go to the next call and read its name; false if there is none."""
         if self._form.call:
             marks = [text for text in (self._form.call, self._form.end) if text]
+            if not self.found:
+                yield from self._next(*marks)
             if (yield from self._wait(*marks)) == self._form.end:
                 return False
         return (yield from self._named())
 
     def _named(self) -> _Wanting:
-        found = _NAME.match((yield from self._until(self._form.name_end)))
+        form = self._form
+        yield from self._peek()
+        while (found := _NAME.match(self._text, self._at)) and found.end() == len(self._text):
+            yield
         if found is None:
             raise _Broken
-        self._begin(found[1])
+        self._at = found.end()
+        ends = [text for text in (form.id, form.name_end.strip()) if text]
+        mark = yield from self._next(*(ends or [form.key.strip(), form.end]))
+        if ends:
+            self._at += len(mark)
+        id = (yield from self._until(form.name_end)) if mark == form.id else ""
+        self._begin(found[0], id)
         return True
 
     def _typed(self, name: str, value: str) -> str:
@@ -205,7 +217,7 @@ class CallReader:
 
     # What is told
 
-    def _begin(self, name: Any) -> None:
+    def _begin(self, name: Any, id: str = "") -> None:
         if not isinstance(name, str) or (self._bare and name not in self._tools):
             raise _Broken
         self._function = name
@@ -213,8 +225,7 @@ class CallReader:
         self.deltas.append(
             ToolCallDelta(
                 index=self.n_calls,
-                # Nine letters and digits: templates of Mistral insist on it.
-                id="".join(secrets.choice(_ID_CHARACTERS) for _ in range(9)),
+                id=id if _ID.fullmatch(id) else _new_id(),
                 type="function",
                 function=FunctionDelta(name=name),
             )
@@ -256,6 +267,17 @@ class CallReader:
                 at, mark = min(places)
                 self._at = at + len(mark)
                 return mark
+            yield
+
+    def _next(self, *marks: str) -> _Wanting:
+        """Go to one of some marks, before which there is nothing but white space; returns it."""
+        while True:
+            yield from self._peek()
+            for mark in marks:
+                if self._text.startswith(mark, self._at):
+                    return mark
+            if not any(mark.startswith(self._text[self._at :]) for mark in marks):
+                raise _Broken
             yield
 
     def _until(self, mark: str) -> _Wanting:
@@ -312,6 +334,11 @@ class CallReader:
                 sink(self._text[self._at :])
                 self._at = len(self._text)
             yield
+
+
+def _new_id() -> str:
+    # Nine letters and digits: templates of Mistral insist on it.
+    return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(9))
 
 
 def forced_call(form: ToolFormat, tools: Sequence[Tool]) -> str:

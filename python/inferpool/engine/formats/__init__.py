@@ -32,6 +32,7 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     arguments: str = ""
     call: str = ""
     name_end: str = ""
+    id: str = ""
     key: str = ""
     key_end: str = ""
     value_end: str = ""
@@ -41,7 +42,7 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def markers(self) -> list[str]:
         """Texts that may be control tokens, which show only where they are looked for."""
-        marks = (self.begin, self.end, self.call, self.name_end)
+        marks = (self.begin, self.end, self.call, self.name_end, self.id)
         return [text for text in (*marks, self.key, self.key_end, self.value_end) if text]
 
 
