@@ -25,6 +25,7 @@ from inferpool.worker import (
     RoleConfig,
     WorkerLoopState,
     report_loading,
+    runtime,
 )
 
 
@@ -53,6 +54,10 @@ def make_session(role_config: RoleConfig, abort: Any) -> Session:
         os._exit(options["exit"])
     if "raise" in options:
         raise RuntimeError(options["raise"])
+    if "garbage" in options:
+        request, _ = runtime._loading.get()
+        request.try_send([b"\xc1 is no message"])
+        time.sleep(30)
     if "end_late" in options:
         sys.setprofile(_wait_before_the_end)
     began = time.monotonic()

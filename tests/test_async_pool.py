@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import echo_role, eventually
+from conftest import descriptors, echo_role, eventually
 
 from inferpool import (
     AsyncPool,
@@ -126,6 +127,55 @@ def test_cancelling_a_task_cancels_its_call() -> None:
         assert facts["dropped"] == 1
 
     run(body)
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_stream_can_be_ended_while_it_opens(how: str) -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        busy = asyncio.create_task(pool.call("echo", "sleep", 0.3))
+        await asyncio.sleep(0.05)
+        stream = pool.stream("echo", "echo", b"x" * (16 << 20))
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)
+        getattr(stream, how)()
+        with pytest.raises(CallCancelled if how == "cancel" else StopAsyncIteration):
+            await first
+        await busy
+        assert await pool.call("echo", "echo", 1) == 1
+        assert pool.status()["echo"].in_flight == 0
+
+    run(body)
+
+
+def test_a_stream_cancelled_before_it_began_says_so() -> None:
+    async def body(pool: AsyncPool) -> None:
+        stream = pool.stream("echo", "count", 3)
+        stream.cancel()
+        with pytest.raises(CallCancelled):
+            await anext(stream)
+        assert [item async for item in stream] == []
+        assert pool.status()["echo"].state == "stopped"
+
+    run(body)
+
+
+def test_event_loops_that_come_and_go_leave_no_descriptors_behind() -> None:
+    pool = Pool(echo=echo_role())
+    shared = pool.as_async()
+    counts = set()
+    for number in range(6):
+
+        async def use(number: int = number) -> None:
+            await shared.call("echo", "echo", number)
+            for _ in range(4):
+                await pool.as_async().call("echo", "echo", number)
+
+        asyncio.run(use())
+        gc.collect()
+        counts.add(descriptors())
+    pool.close()
+    assert max(counts) - min(counts) <= 1, counts
 
 
 @pytest.mark.parametrize("steps", range(12))

@@ -25,6 +25,7 @@ from inferpool import (
     Pool,
     ProtocolError,
     Role,
+    RoleDegraded,
     WorkerCrashed,
     WorkerStartError,
 )
@@ -151,6 +152,18 @@ def test_a_worker_that_takes_too_long_to_start_is_killed() -> None:
     with Pool(slow=echo_role(load_seconds=60), policy=Policy(start_timeout=1.0)) as pool:
         with pytest.raises(WorkerStartError, match="did not start within 1 s"):
             pool.call("slow", "echo")
+
+
+def test_a_worker_that_starts_with_garbage_is_killed_and_replaced() -> None:
+    with Pool(bad=echo_role(garbage=True), policy=Policy(backoff=0.0)) as pool:
+        for incarnation in (1, 2):
+            with pytest.raises(ProtocolError):
+                pool.call("bad", "echo", timeout=20)
+            status = pool.status()["bad"]
+            assert (status.pid, status.restarts) == (None, incarnation)
+            assert "broke the wire format" in str(status.last_exit)
+        with pytest.raises(RoleDegraded):
+            pool.call("bad", "echo")
 
 
 def test_a_process_that_cannot_be_started_is_a_typed_error(

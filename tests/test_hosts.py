@@ -61,6 +61,16 @@ def test_a_script_on_stdin_needs_no_main_guard() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("42\n", "", 0)
 
 
+def test_a_host_ends_though_a_finished_stream_outlives_its_worker() -> None:
+    done = run_host(
+        "stream = pool.stream('echo', 'count', 1)\n"
+        "list(stream)\n"
+        "pool.configure('echo', Role('echo_role:make_session', 'echo_role:HANDLERS'))\n"
+        "print('done')\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
 def test_a_script_with_dash_c_works() -> None:
     done = run_host("", "-c", PREAMBLE + "print(pool.call('echo', 'echo', 42)); pool.close()")
     assert (done.stdout, done.stderr) == ("42\n", "")
@@ -176,6 +186,34 @@ def test_a_forked_child_is_refused_and_harms_nothing(pool: Pool) -> None:
     os.waitpid(child, 0)
     assert pool.call("echo", "echo", 2) == 2
     assert pool.status()["echo"].incarnation == 1
+
+
+def test_a_pool_belongs_to_the_process_that_first_uses_it() -> None:
+    done = run_host(
+        "child = os.fork()\n"
+        "for number in range(2):\n"
+        "    assert pool.call('echo', 'echo', number) == number\n"
+        "worker = pool.status()['echo'].pid\n"
+        "pool.close()\n"
+        "print(os.path.exists(f'/proc/{worker}'), flush=True)\n"
+        "if child:\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("False\nFalse\n", "", 0)
+
+
+def test_a_forked_child_may_drop_a_stream_of_its_parent() -> None:
+    done = run_host(
+        "stream = pool.stream('echo', 'count', None)\n"
+        "next(stream)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    del stream\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(next(stream))\n"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 0)
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["leading", "following"])

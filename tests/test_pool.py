@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import pickle
 import resource
 import threading
 import time
@@ -17,12 +19,16 @@ from conftest import descriptors, echo_role, eventually
 from inferpool import (
     CallCancelled,
     CallTimeout,
+    ContextLengthExceeded,
     PayloadTooLarge,
     Pool,
     PoolClosed,
     RemoteError,
     Role,
+    Stream,
+    WorkerCrashed,
 )
+from inferpool.testing import scripted_embed
 
 
 def test_a_call_gets_its_answer(pool: Pool) -> None:
@@ -493,6 +499,44 @@ def test_the_status_tells_how_far_a_worker_has_loaded() -> None:
         assert len(parts) > 10
         assert all(0.0 <= part <= 1.0 for part in parts)
         assert pool.status()["echo"].loading == 1.0
+
+
+def test_a_large_request_waits_for_a_worker_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferpool.host.calls.QUEUE_SECONDS", 0.1)
+    with Pool(echo=echo_role(load_seconds=0.5)) as pool:
+        assert len(pool.call("echo", "echo", b"x" * (8 << 20))) == 8 << 20
+
+
+def test_a_stream_and_a_role_keep_their_pool() -> None:
+    def stream() -> Stream[int]:
+        return Pool(echo=echo_role()).stream("echo", "count", 3)
+
+    assert list(stream()) == [0, 1, 2]
+    assert Pool(embed=scripted_embed(4)).embed(["bees"]).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WorkerCrashed("it died", role="echo", pid=7, exit="SIGKILL", log_tail="last words"),
+        RemoteError("KeyError", "no such key", "traceback"),
+        ContextLengthExceeded("too long", asked=9, context=4),
+        CallTimeout("no answer within 1 s"),
+        PayloadTooLarge("too large"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_can_be_copied_and_pickled(error: Exception) -> None:
+    error.add_note("a note")
+    for other in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(other) is type(error)
+        assert (other.args, other.__dict__) == (error.args, error.__dict__)
+
+
+def test_an_error_keeps_nothing_of_its_call(pool: Pool) -> None:
+    with pytest.raises(CallTimeout) as caught:
+        pool.call("echo", "sleep", 0.3, timeout=0.05)
+    assert pickle.loads(pickle.dumps(caught.value)).rung == caught.value.rung
 
 
 def test_threads_may_share_a_stream(pool: Pool) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,6 +34,7 @@ from inferpool import (
     WorkerStuck,
 )
 from inferpool._transport import HostChannel
+from inferpool.host.process import WorkerProcess
 from inferpool.host.restart import CrashRecord
 from inferpool.host.watch import Watch
 
@@ -583,6 +585,62 @@ def test_start_reports_each_worker_as_it_is_ready(asynchronous: bool) -> None:
 
 
 # Queues and replicas.
+
+
+def test_a_start_is_bounded_neither_as_a_call_nor_as_a_queue() -> None:
+    policy = Policy(call_timeout=0.1, max_queue=1)
+    with Pool(echo=replace(echo_role(load_seconds=0.4), replicas=2), policy=policy) as pool:
+        pool.start()
+        assert pool.status()["echo"].state == "ready"
+
+
+def test_a_role_s_new_policy_holds_for_what_comes_and_not_for_what_was() -> None:
+    with Pool(echo=echo_role()) as pool:
+        pool.start()
+        stream = pool.stream("echo", "sleep", 20)
+        pool.configure("echo", replace(echo_role(), policy=Policy(max_crashes=0)))
+        before = pool.status()["echo"].pid
+        assert before is not None
+        os.kill(before, signal.SIGSEGV)
+        with pytest.raises(WorkerCrashed):
+            list(stream)
+        assert pool.call("echo", "echo", 1) == 1
+
+        pool.configure("echo", replace(echo_role(), policy=Policy(idle_timeout=600.0)))
+        pool.call("echo", "echo")
+        pool.configure("echo", replace(echo_role(), policy=Policy(idle_timeout=0.1)))
+        pool.call("echo", "echo")
+        assert eventually(lambda: pool.status()["echo"].state == "stopped")
+
+        pool.configure("echo", replace(echo_role(), policy=Policy(idle_timeout=0.1)))
+        pool.call("echo", "echo")
+        pool.configure(
+            "echo", replace(echo_role(), policy=Policy(idle_timeout=0.1, keep_alive=True))
+        )
+        pool.call("echo", "echo")
+        time.sleep(0.3)
+        assert pool.status()["echo"].state == "ready"
+
+
+def test_a_signal_may_close_the_pool_while_it_buries_a_worker(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reap = WorkerProcess.reap
+
+    def reap_amid_a_signal(process: WorkerProcess, timeout: float) -> str:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return reap(process, timeout)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: pool.close())
+    try:
+        pool.call("echo", "echo")
+        monkeypatch.setattr(WorkerProcess, "reap", reap_amid_a_signal)
+        crash(pool, 1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(PoolClosed):
+        pool.call("echo", "echo")
 
 
 def test_a_full_queue_refuses_at_once() -> None:

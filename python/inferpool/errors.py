@@ -59,7 +59,15 @@ __all__ = [
 
 
 class InferpoolError(Exception):
-    """Base of every error that this package defines."""
+    """Base of every error that this package defines. Can be copied and pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By what it has, since constructors differ.
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(cls: type[InferpoolError], args: tuple[Any, ...]) -> InferpoolError:
+    return cls.__new__(cls, *args)
 
 
 class WorkerError(InferpoolError):
@@ -160,7 +168,7 @@ class PoisonousRequest(CallError):
 
 
 class QueueFull(CallError):
-    """The worker takes no more calls now, and ``timeout`` allowed no longer wait."""
+    """``max_queue`` calls are in flight, or the worker has had no room for a request for 30 s."""
 
 
 class PayloadTooLarge(CallError, ValueError):

@@ -8,6 +8,7 @@ rule here.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from inferpool.host.flight import Flight
 from inferpool.host.incarnation import Incarnation, remote_error
 from inferpool.host.supervisor import Supervisor
 from inferpool.host.watch import SIGNAL_SECONDS
+from inferpool.messages import READY_KIND
 
 __all__ = [
     "Deadline",
@@ -157,8 +159,9 @@ class OpenCall:
         self.incarnation.finish(self.flight)
 
     def __del__(self) -> None:
-        self.call.abandon()
-        self.incarnation.finish(self.flight, dropped=True)
+        with contextlib.suppress(PoolClosed):  # in a forked child, whose call it is not
+            self.call.abandon()
+            self.incarnation.finish(self.flight, dropped=True)
 
 
 class Driver(Protocol):
@@ -179,8 +182,9 @@ def open_call(
     if isinstance(payload, Naming):
         model, payload = payload.model, payload.request
     parts = codec.encode(kind, payload)
-    deadline.set_default(supervisor.spec.policy.call_timeout)
-    supervisor.admit(parts, model)
+    if kind != READY_KIND:  # which is no call of the user's
+        deadline.set_default(supervisor.spec.policy.call_timeout)
+        supervisor.admit(parts, model)
     replaced = 0
     while True:
         opened = yield from _begin(supervisor, driver, kind, parts, deadline, model=model)
@@ -188,13 +192,7 @@ def open_call(
             return opened
         incarnation = opened.incarnation
         try:
-            yield incarnation, opened.call, "sent", deadline.left(QUEUE_SECONDS)
-        except CallTimeout:
-            opened.abandon()
-            deadline.check()
-            raise QueueFull(
-                f"role {supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
-            ) from None
+            yield from _sent(opened, deadline)
         except (PeerDied, ProtocolError) as error:
             untouched = opened.call.id == 0
             enough = replaced == supervisor.spec.role.replicas
@@ -238,6 +236,22 @@ def _begin(
         return OpenCall(supervisor, incarnation, flight, native)
 
 
+def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
+    """Wait until all of a request is out."""
+    while True:
+        try:
+            yield opened.incarnation, opened.call, "sent", deadline.left(QUEUE_SECONDS)
+        except CallTimeout:
+            deadline.check()
+            if opened.incarnation.is_ready():
+                raise QueueFull(
+                    f"role {opened.supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
+                ) from None
+            # While it loads it reads none, for as long as `Policy.start_timeout` says.
+        else:
+            return
+
+
 def _started(
     supervisor: Supervisor, deadline: Deadline, model: str | None = None
 ) -> Steps[Incarnation]:
@@ -271,10 +285,10 @@ def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:
         event: Event = yield incarnation, opened.call, "event", deadline.left()
     except CallTimeout:
         error = deadline.error()
-        error.ladder = opened.flight
+        error.ladder = opened.flight.ladder
         raise error from None
     except CallCancelled as cancelled:
-        cancelled.ladder = opened.flight
+        cancelled.ladder = opened.flight.ladder
         raise
     except (PeerDied, ProtocolError) as ended:
         raise opened.explain(ended) from None

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from inferpool._transport import Call, Event, LoopNotifier
@@ -25,6 +26,10 @@ _Told = asyncio.Future[None]
 
 class ThreadDriver:
     """Blocks the calling thread where steps must wait; the GIL is free meanwhile."""
+
+    def __init__(self, owner: object) -> None:
+        """Keep ``owner`` alive, which ends the workers when it goes."""
+        self._owner = owner
 
     def notifier(self, incarnation: Incarnation) -> LoopNotifier | None:
         """Threads are told through doorbells of their own."""
@@ -72,9 +77,14 @@ class ThreadDriver:
 
 
 class LoopDriver:
-    """Awaits on the running event loop where steps must wait. Several loops may share one."""
+    """Awaits on the running event loop where steps must wait. Several loops may share one.
 
-    def __init__(self) -> None:
+    There is one for a channel, since a loop watches a descriptor once.
+    """
+
+    def __init__(self, owner: object) -> None:
+        """Keep ``owner`` alive, which ends the workers when it goes."""
+        self._owner = owner
         self._watchers: dict[tuple[asyncio.AbstractEventLoop, Incarnation], _Watcher] = {}
         self._breath = 0
 
@@ -113,7 +123,11 @@ class LoopDriver:
         key = (asyncio.get_running_loop(), incarnation)
         watcher = self._watchers.get(key)
         if watcher is None:
-            watcher = _Watcher(*key, on_end=lambda: self._watchers.pop(key, None))
+            # A loop that was closed does not say so.
+            for other in [each for each in self._watchers if each[0].is_closed()]:
+                del self._watchers[other]
+            # Without this driver: a loop that watches must not keep the workers alive.
+            watcher = _Watcher(*key, on_end=partial(self._watchers.pop, key, None))
             self._watchers[key] = watcher
         return watcher
 

@@ -15,13 +15,14 @@ from inferpool.host.status import CallStatus
 __all__ = ["Flight", "digest"]
 
 
-class Flight(GivenUp):
+class Flight:
     """One call from before it is sent until its worker is done with it."""
 
-    __slots__ = ("began", "call", "given_up_at", "kind", "parts")
+    __slots__ = ("began", "call", "given_up_at", "kind", "ladder", "parts")
 
     def __init__(self, kind: str, parts: Parts) -> None:
-        super().__init__()
+        # Apart, since an exception may keep it for long.
+        self.ladder = GivenUp()
         self.kind = kind
         self.parts = parts
         self.began = time.monotonic()

@@ -12,9 +12,8 @@ from typing import Any
 import msgspec
 
 from inferpool import codec, errors
-from inferpool._transport import Call, Event, HostChannel
+from inferpool._transport import Event, HostChannel
 from inferpool.errors import (
-    CallTimeout,
     InferpoolError,
     ProtocolError,
     RemoteError,
@@ -31,6 +30,7 @@ from inferpool.host.process import (
     resident_bytes,
 )
 from inferpool.host.spec import RoleSpec
+from inferpool.host.startup import Startup
 from inferpool.host.status import WorkerStatus
 from inferpool.host.watch import SIGNAL_SECONDS, Watch
 from inferpool.messages import ErrorInfo, Ready, WorkerArguments
@@ -84,8 +84,6 @@ class Incarnation:
         self.number = number
         self.replica = replica
         self.started = self.last_used = time.monotonic()
-        self.ready: Ready | None = None
-        self.loading = 0.0
         self.retired = False
         self._retired_for_good = False
         self.flights: set[Flight] = set()
@@ -99,13 +97,14 @@ class Incarnation:
         self.asked_to_end = False
         self._in_flight: tuple[str, ...] = ()
         self._oom_witness = OomWitness()
-        self._start_call: Call | None = None
-        self._start_id = 0
-        self._start_error: InferpoolError | None = None
+        self._startup = Startup()
+        self._violation: ProtocolError | None = None
         self._exit: str | None = None
         self._tail = ""
         self._native: str | None = None
-        self._lock = threading.Lock()
+        # A signal's handler may close the pool amid `end`.
+        self._lock = threading.RLock()
+        self._ending = False
         with contextlib.ExitStack() as undo:
             try:
                 self._log = RoleLogFile(spec.options.log_dir, spec.name)
@@ -126,8 +125,8 @@ class Incarnation:
         self.watch = Watch(self.channel, self.pid)
         try:
             self.channel.watch(self._process.pid)
-            self._start_call = self._send_start()
-            self._start_id = self._start_call.id
+            start = spec.start(number, self._log.path)
+            self._startup.begin(self.channel.open(codec.encode("start", start)))
         except (InferpoolError, OSError, MemoryError) as error:
             failure = self.start_error(f"could not be reached: {error}")
             del self.channel  # as above
@@ -148,16 +147,15 @@ class Incarnation:
         environment = self.spec.role.environment_of(self.replica)
         return WorkerProcess(msgspec.json.encode(arguments).decode(), fds, self._log, environment)
 
-    def _send_start(self) -> Call:
-        start = self.spec.start(self.number, self._log.path)
-        call = self.channel.open(codec.encode("start", start))
-        call.send()
-        return call
-
     @property
     def pid(self) -> int:
         """Process id of the worker."""
         return self._process.pid
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the worker said of its session; None as long as it has not been heard."""
+        return self._startup.ready
 
     @property
     def ended(self) -> bool:
@@ -177,7 +175,7 @@ class Incarnation:
 
     def in_flight(self) -> list[int]:
         """Ids of the calls that have not ended; the one that starts the worker is none."""
-        return [id for id in self.channel.in_flight() if id != self._start_id]
+        return [id for id in self.channel.in_flight() if id != self._startup.id]
 
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were."""
@@ -209,13 +207,15 @@ class Incarnation:
         return flight
 
     def finish(self, flight: Flight, *, dropped: bool = False) -> None:
-        """Note that the call has ended here.
+        """Note that the call has ended here. Does so once.
 
         Args:
             flight: the call.
             dropped: its object was collected, which can happen wherever memory is allocated, under
-                any lock; so nothing is locked, and the next call has an eye on the worker.
+                any lock; so none of ours is taken, and the next call has an eye on the worker.
         """
+        if flight not in self.flights:
+            return  # not again when its object goes, which at exit may be too late for a thread
         self.give_up(flight, watch=not dropped)
         self.flights.discard(flight)
         if flight.given_up_at is None:
@@ -230,7 +230,7 @@ class Incarnation:
         if call is None or call.is_over() or flight.given_up_at is not None:
             return
         flight.given_up_at = time.monotonic()
-        flight.rung = "abort" if call.taken else "flag"
+        flight.ladder.rung = "abort" if call.taken else "flag"
         self.lingering.add(flight)
         if watch:
             with self._lock:
@@ -282,9 +282,9 @@ class Incarnation:
                 continue
             # A worker that serves others may need longer, as long as it gets on.
             if self.flights - self.lingering and frozen < grace:
-                flight.rung = "grace"
+                flight.ladder.rung = "grace"
                 continue
-            flight.rung = "kill"
+            flight.ladder.rung = "kill"
             self._condemn(f"did not let go of a cancelled call within {grace:g} s", stuck=True)
 
     def _condemn(self, problem: str, *, stuck: bool) -> None:
@@ -312,6 +312,8 @@ class Incarnation:
 
     def leave_if_retired(self) -> None:
         """Have a retired worker end, if what has just ended was its last call."""
+        if self.asked_to_end:
+            return
         if self._retired_for_good and not self.flights and not self.asking:
             self._on_retired_idle(self)
 
@@ -319,8 +321,10 @@ class Incarnation:
         """End a worker that is not ready, and say why it never will be."""
         self.end()
         with self._lock:
-            if self._start_error is not None:
-                return self._start_error
+            if self._violation is not None:
+                return self._violation
+            if self._startup.failure is not None:
+                return self._why_not_ready(self._startup.failure)
         return WorkerStartError(
             f"the worker of role {self.spec.name!r} {problem}", **self._evidence()
         )
@@ -357,22 +361,29 @@ class Incarnation:
             if self.channel.wait_death(min(SIGNAL_SECONDS, left)):
                 break
         with self._lock:
-            if self._exit is None:
-                self._poll_start()
-                self._note_suspects()
-                # Whoever waits for a call sees the death, once what was committed is read.
-                self._process.kill()
-                self._exit = self._process.reap(_REAP_SECONDS)
-                self._tail = self._log.tail()
-                self._native = native_message(self._tail)
-                unexplained = self._exit == "SIGKILL" and self._cause is None
-                if unexplained and not self.asked_to_end and self._oom_witness.saw_kill():
-                    self._cause = "killed by the kernel for want of memory"
-                self._log.append(self.epitaph())
-                self._log.close()
-                if self._ladder is not None:
-                    self._ladder.cancel()
-                    self._ladder = None  # its thread alone must not keep the channel
+            if self._exit is None and not self._ending:
+                self._ending = True
+                try:
+                    self._end()
+                finally:
+                    self._ending = False
+
+    def _end(self) -> None:
+        self._poll_start()
+        self._note_suspects()
+        # Whoever waits for a call sees the death, once what was committed is read.
+        self._process.kill()
+        self._exit = self._process.reap(_REAP_SECONDS)
+        self._tail = self._log.tail()
+        self._native = native_message(self._tail)
+        unexplained = self._exit == "SIGKILL" and self._cause is None
+        if unexplained and not self.asked_to_end and self._oom_witness.saw_kill():
+            self._cause = "killed by the kernel for want of memory"
+        self._log.append(self.epitaph())
+        self._log.close()
+        if self._ladder is not None:
+            self._ladder.cancel()
+            self._ladder = None  # its thread alone must not keep the channel
 
     def _note_suspects(self) -> None:
         flights = self.flights | self.lingering
@@ -396,7 +407,7 @@ class Incarnation:
     def crashed(self) -> bool:
         """Whether the worker ended though nobody had asked it to, or had to be killed."""
         asked = self.asked_to_end and self._cause is None
-        return self._exit is not None and not asked and self._start_error is None
+        return self._exit is not None and not asked and self._startup.failure is None
 
     def status(self) -> WorkerStatus:
         """See `WorkerStatus`."""
@@ -414,7 +425,7 @@ class Incarnation:
             incarnation=self.number,
             replica=self.replica,
             uptime=time.monotonic() - self.started,
-            loading=1.0 if self.ready else self.loading,
+            loading=self._startup.loading,
             load_seconds=self.ready.load_seconds if self.ready else None,
             sandbox=self.ready.sandbox if self.ready else None,
             memory=resident_bytes(self.pid),
@@ -434,27 +445,16 @@ class Incarnation:
         return "; ".join(details)
 
     def _poll_start(self) -> None:
-        while self._start_call is not None:
-            try:
-                event = self._start_call.next(timeout=0)
-            except CallTimeout:
-                return
-            except InferpoolError:
-                self._start_call = None  # ended, which says no more than the channel's end
-                return
-            if event.kind == "data":
-                kind, payload = codec.decode(event.parts)
-                if kind == "loading" and isinstance(payload, float):
-                    self.loading = payload
-                    continue
-                self.ready = codec.decode_as(event.parts, Ready)
-                continue  # Given up here, its end would count as dropped late.
-            if event.kind == "error":
-                self._start_error = self._why_not_ready(event)
-            self._start_call = None
+        try:
+            self._startup.poll()
+        except ProtocolError as error:
+            if self._violation is None:
+                self._violation = error
+                self._cause = f"killed by the host: it broke the wire format: {error}"
+                self._process.kill()
 
-    def _why_not_ready(self, event: Event) -> InferpoolError:
-        error = remote_error(event)
+    def _why_not_ready(self, failure: Event) -> InferpoolError:
+        error = remote_error(failure)
         if not isinstance(error, RemoteError):
             return error
         problem = f"role {self.spec.name!r} could not build its session: {error}"

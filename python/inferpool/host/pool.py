@@ -45,16 +45,14 @@ class _Core:
     def __init__(self, options: PoolOptions, roles: Mapping[str, RoleLike]) -> None:
         if not roles:
             raise TypeError("a pool needs at least one role, such as chat='smollm2'")
-        self._owner = os.getpid()
         self._options = options
+        self._loop_driver: weakref.ref[LoopDriver] | None = None
         self.supervisors: dict[str, Supervisor] = {}
         budget = MemoryBudget(options.memory_budget, self.supervisors)
         for name, given in roles.items():
             self.supervisors[name] = Supervisor(RoleSpec.of(name, given, options), budget)
         # Runs when the last pool that shares this is collected, and at exit.
-        self._finalizer = weakref.finalize(
-            self, _close, self.supervisors, options.close_timeout, self._owner
-        )
+        self._finalizer = weakref.finalize(self, _close, self.supervisors, options.close_timeout)
 
     def supervisor(self, role: str) -> Supervisor:
         try:
@@ -73,32 +71,42 @@ class _Core:
     def configure(self, role: str, given: RoleLike) -> None:
         self.supervisor(role).configure(RoleSpec.of(role, given, self._options))
 
+    def loop_driver(self) -> LoopDriver:
+        """The driver of every `AsyncPool` that shares this."""
+        driver = self._loop_driver() if self._loop_driver is not None else None
+        if driver is None:
+            driver = LoopDriver(self)
+            self._loop_driver = weakref.ref(driver)
+        return driver
+
     def close(self, *, drain: bool, timeout: float | None) -> None:
-        if drain and os.getpid() == self._owner:
+        if drain:
             _drain(self.supervisors, Deadline(timeout))
             timeout = None
         self._finalizer.detach()
-        end_within = self._options.close_timeout if timeout is None else timeout
-        _close(self.supervisors, end_within, self._owner)
+        _close(self.supervisors, self._options.close_timeout if timeout is None else timeout)
+
+
+def _own(supervisors: Mapping[str, Supervisor]) -> list[Supervisor]:
+    """Without those whose workers are another process's: a forked child leaves them alone."""
+    return [each for each in supervisors.values() if each.owner in {None, os.getpid()}]
 
 
 def _drain(supervisors: Mapping[str, Supervisor], deadline: Deadline) -> None:
-    for supervisor in supervisors.values():
+    for supervisor in _own(supervisors):
         supervisor.refuse()
-    while any(supervisor.in_flight() for supervisor in supervisors.values()):
+    while any(supervisor.in_flight() for supervisor in _own(supervisors)):
         pause = deadline.left(SLICE_SECONDS / 10)
         if not pause:
             return
         time.sleep(pause)
 
 
-def _close(supervisors: Mapping[str, Supervisor], timeout: float, owner: int) -> None:
-    if os.getpid() != owner:
-        return  # a forked child must leave the workers of its parent alone
+def _close(supervisors: Mapping[str, Supervisor], timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    for supervisor in supervisors.values():
+    for supervisor in _own(supervisors):
         supervisor.ask_to_end()
-    for supervisor in supervisors.values():
+    for supervisor in _own(supervisors):
         supervisor.end(max(0.0, deadline - time.monotonic()))
 
 
@@ -189,7 +197,9 @@ class Pool(_Base):
     interpreter exits, and when this process dies, however it dies.
     """
 
-    _driver = ThreadDriver()
+    @cached_property
+    def _driver(self) -> ThreadDriver:
+        return ThreadDriver(self._core)
 
     @property
     def chat(self) -> Chat:
@@ -326,7 +336,7 @@ class AsyncPool(_Base):
 
     @cached_property
     def _driver(self) -> LoopDriver:
-        return LoopDriver()
+        return self._core.loop_driver()
 
     @classmethod
     def _sharing(cls, core: _Core) -> Self:

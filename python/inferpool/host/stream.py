@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from inferpool.errors import CallCancelled
 from inferpool.host.calls import Deadline, OpenCall, Steps, next_item, ready_items
 from inferpool.host.drive import LoopDriver, ThreadDriver
 
@@ -99,6 +100,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         self._timeout = timeout
         self._opening = opening
         self._ended = False
+        self._cancelled = False
         self._lock = asyncio.Lock()
         # Items that came together with the last one.
         self._ready: deque[T] = deque()
@@ -112,9 +114,14 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
             if self._ended:
                 raise StopAsyncIteration
             try:
-                if self._opened is None or self._deadline is None:
+                if self._deadline is None:
                     self._deadline = Deadline(self._timeout)
+                if self._opened is None:
+                    self._check_cancelled()
                     self._opened = await self._driver.run(self._opening(self._deadline))
+                    self._check_cancelled()
+                    if self._ended:  # meanwhile, by another task
+                        raise StopAsyncIteration
                 items = ready_items(self._opened)
                 if not items:
                     items = await self._driver.run(next_item(self._opened, self._deadline))
@@ -127,12 +134,15 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
             self._ready.extend(others)
         return first
 
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise CallCancelled("the call was cancelled")
+
     def cancel(self) -> None:
         """End the call from any task; whoever iterates gets `CallCancelled`."""
         self._ready.clear()
-        if self._opened is None:
-            self._ended = True
-        else:
+        self._cancelled = True
+        if self._opened is not None:
             self._opened.cancel()
 
     def close(self) -> None:

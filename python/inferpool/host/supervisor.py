@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ class Supervisor:
     Attributes:
         spec: the role; a change holds for workers started from then on.
         at_hand: the worker that may get a call without another question, see `calls.try_call`.
+        owner: id of the process that started workers; None before that.
     """
 
     def __init__(self, spec: RoleSpec, budget: MemoryBudget) -> None:
@@ -35,6 +37,7 @@ class Supervisor:
         # Every worker that has not ended, those that take no more calls too.
         self._members: set[Incarnation] = set()
         self.at_hand: Incarnation | None = None
+        self.owner: int | None = None
         self._count = 0
         self._closed = False
         self._crashes = CrashRecord(spec.policy)
@@ -138,6 +141,7 @@ class Supervisor:
 
     def _fill(self, place: int) -> Incarnation:
         self._count += 1
+        self.owner = os.getpid()
         started = Incarnation(self.spec, self._count, place, self._release)
         self._places[place] = started
         self._members.add(started)
@@ -186,6 +190,7 @@ class Supervisor:
                 raise PoolClosed("the pool is closed")
             self._sweep()
             retired = [each for each in self._places if each is not None]
+            self._stop_idle_timer()
             self.spec = spec
             self.at_hand = None
             self._crashes = CrashRecord(spec.policy)
@@ -218,11 +223,17 @@ class Supervisor:
             self._idle_timer.daemon = True
             self._idle_timer.start()
 
+    def _stop_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
     def _release_idle(self) -> None:
         with self._lock:
             self._idle_timer = None
-            limit = self.spec.policy.idle_timeout
-            if limit is None:
+            policy = self.spec.policy
+            limit = policy.idle_timeout
+            if limit is None or policy.keep_alive:
                 return
             left = []
             for each in self.living():
@@ -236,9 +247,7 @@ class Supervisor:
         """Refuse calls from now on, fail those in flight, and tell the workers to end."""
         with self._lock:
             self.refuse()
-            if self._idle_timer is not None:
-                self._idle_timer.cancel()
-                self._idle_timer = None
+            self._stop_idle_timer()
             for each in self._members:
                 each.ask_to_end()
 
@@ -277,10 +286,12 @@ class Supervisor:
             self._counters.update(incarnation.channel.counters())
             self._last_exit = incarnation.epitaph()
             self._last_crashed = incarnation.crashed
+            self._crash_count += incarnation.crashed
+            if incarnation.spec is not self.spec:
+                return  # what it did says nothing of the role as it is now
             if incarnation.ready is not None:
                 self._crashes.loaded()
             if incarnation.crashed:
-                self._crash_count += 1
                 at_load = incarnation.ready is None and incarnation.by_itself
                 suspect = incarnation.suspect
                 self._crashes.crashed(at_load=at_load, suspect=suspect, how=self._last_exit)
