@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import write_qwen3
 
-from inferpool.engine import backend
+from inferpool.engine import backend, packing
 from inferpool.engine.context import Batch
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
@@ -127,6 +127,16 @@ def test_control_tokens_in_a_text_are_text(session: PackedSession) -> None:
 # Batch planning
 
 
+def job(lengths: list[int], *, bulk: bool = False) -> Job:
+    """A job whose texts have these lengths in tokens, all of them read."""
+    made = Job(
+        ["x" * n for n in lengths], lambda _, text: np.zeros(len(text), np.int32), 1, bulk=bulk
+    )
+    while made.unread:
+        made.read()
+    return made
+
+
 @given(
     st.lists(st.lists(st.integers(1, 40), max_size=12), max_size=5),
     st.integers(1, 40),
@@ -137,23 +147,23 @@ def test_plans_cover_every_text_once_within_the_limits(
 ) -> None:
     packer = Packer.__new__(Packer)
     packer._n_packed, packer._n_seq_max = n_tokens, n_seq_max
-    jobs = [Job([np.zeros(n, np.int32) for n in lengths], 1) for lengths in calls]
+    jobs = [job(lengths) for lengths in calls]
     packer._jobs = deque(jobs)
     planned = []
     while plan := packer._plan():
         assert len(plan) <= n_seq_max
-        assert len(plan) == 1 or sum(len(job.tokens(row)) for job, row in plan) <= n_tokens
-        planned += [(jobs.index(job), row) for job, row in plan]
+        assert len(plan) == 1 or sum(len(each.tokens(row)) for each, row in plan) <= n_tokens
+        planned += [(jobs.index(each), row) for each, row in plan]
     assert sorted(planned) == [(i, row) for i, call in enumerate(calls) for row in range(len(call))]
 
 
 def test_bulk_gets_the_room_that_others_leave() -> None:
     packer = Packer.__new__(Packer)
     packer._n_packed, packer._n_seq_max = 4, 8
-    bulk = Job([np.zeros(1, np.int32)] * 4, 1, bulk=True)
-    others = [Job([np.zeros(1, np.int32)] * 3, 1) for _ in range(2)]
+    bulk = job([1] * 4, bulk=True)
+    others = [job([1] * 3) for _ in range(2)]
     packer._jobs = deque([bulk, *others])
-    plans = [[job.bulk for job, _ in packer._plan()] for _ in range(4)]
+    plans = [[each.bulk for each, _ in packer._plan()] for _ in range(4)]
     assert plans == [[False] * 4, [False, False, True, True], [True, True], []]
 
 
@@ -170,9 +180,9 @@ def test_texts_end_where_tiles_of_attention_do(
 ) -> None:
     packer = Packer.__new__(Packer)
     packer._n_packed, packer._n_seq_max = 256, 64
-    packer._jobs = deque([Job([np.zeros(n, np.int32) for n in lengths], 1)])
+    packer._jobs = deque([job(lengths)])
     plans = iter(packer._plan, [])
-    assert [[len(job.tokens(row)) for job, row in plan] for plan in plans] == expected
+    assert [[len(each.tokens(row)) for each, row in plan] for plan in plans] == expected
 
 
 # Cancelling
@@ -287,11 +297,63 @@ def test_a_short_call_does_not_wait_for_a_long_one(session: PackedSession) -> No
 
 def test_a_bad_text_fails_its_own_call(session: PackedSession) -> None:
     good = call(session, ["bees"])
-    with pytest.raises(ContextLengthExceeded):
-        call(session, ["bees", "bee " * 600])
+    bad = call(session, ["bees", "bee " * 600])
     also_good = call(session, ["markets"])
     serve(session)
+    assert isinstance(bad.outcome, ContextLengthExceeded)
     assert good.outcome == also_good.outcome == "ended"
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are tokenised, in their order."""
+    texts: list[str] = []
+    tokenize = Model.tokenize
+
+    def noting(self: Model, text: str, **options: Any) -> Any:
+        texts.append(text)
+        if text == "unspeakable":
+            raise MemoryError
+        return tokenize(self, text, **options)
+
+    monkeypatch.setattr(Model, "tokenize", noting)
+    return texts
+
+
+@pytest.mark.parametrize("priority", ["interactive", "bulk"])
+def test_a_long_call_is_tokenised_between_the_batches_of_others(
+    session: PackedSession, read: list[str], priority: str
+) -> None:
+    long = call(session, ["bee " * 100] * 500, priority=priority)
+    assert not read
+    session.step()
+    so_far = len(read)
+    assert 1 < so_far < 100
+    short = call(session, ["bees"])
+    session.step()
+    assert short.outcome == "ended"
+    assert read[so_far] == "bees"
+    long.abort._left = 0
+    read.clear()
+    session.step()
+    assert isinstance(long.outcome, CallCancelled)
+    assert not read
+
+
+def test_a_call_that_is_tokenised_bit_by_bit_keeps_its_order(
+    session: PackedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = embed(session, TEXTS)
+    monkeypatch.setattr(packing, "_READ_CHARACTERS", 1)
+    np.testing.assert_allclose(embed(session, TEXTS), expected, atol=ROUNDING)
+
+
+@pytest.mark.usefixtures("read")
+def test_what_breaks_over_a_text_fails_its_own_call(session: PackedSession) -> None:
+    bad, good = call(session, ["bees", "unspeakable"]), call(session, ["markets"])
+    serve(session)
+    assert isinstance(bad.outcome, MemoryError)
+    assert good.outcome == "ended"
 
 
 def test_cancelling_one_call_leaves_the_others_as_they_are(session: PackedSession) -> None:

@@ -46,12 +46,14 @@ class Embedder:
         self.n_ctx = packer.n_ctx
 
     def job(self, request: EmbedRequest, abort: AbortToken | None) -> Job:
-        """Tokenise a request; `finish` makes vectors of the rows of the job.
+        """What is to be computed for a request; `finish` makes vectors of the rows of the job.
+
+        The job's error is `ContextLengthExceeded` if a text is over-long and ``truncate`` is off,
+        and `InvalidRequest` if one gives no token at all.
 
         Raises:
-            ContextLengthExceeded: if a text is over-long and ``truncate`` is off.
-            InvalidRequest: if a text gives no token at all, there is no such prompt name, or
-                vectors have fewer dimensions than asked for.
+            InvalidRequest: if there is no such prompt name, or vectors have fewer dimensions
+                than asked for.
         """
         if request.dimensions is not None and request.dimensions > self.dimension:
             raise InvalidRequest(
@@ -59,11 +61,12 @@ class Embedder:
                 f"{self._model.path.name} has, not {request.dimensions}"
             )
         prefix = self._prefix(request.prompt_name)
-        tokens = [
-            self._tokenize(i, prefix + text, truncate=request.truncate)
-            for i, text in enumerate(request.texts)
-        ]
-        return Job(tokens, self.dimension, abort, bulk=request.priority == "bulk")
+
+        def tokenize(index: int, text: str) -> npt.NDArray[np.int32]:
+            return self._tokenize(index, prefix + text, truncate=request.truncate)
+
+        bulk = request.priority == "bulk"
+        return Job(request.texts, tokenize, self.dimension, abort, bulk=bulk)
 
     def finish(
         self, rows: npt.NDArray[np.float32], request: EmbedRequest

@@ -6,7 +6,7 @@ import bisect
 import ctypes
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,15 @@ _PACKED_TOKENS = 256
 # a pair of one sequence (GGML_FA_TILE_Q and GGML_FA_TILE_KV). Sequences that end where a tile does
 # leave more to skip: 3 percent of the time on MiniLM.
 _TILE = 64
+# What is tokenised in one step, in characters: a few milliseconds, after which others have a turn.
+_READ_CHARACTERS = 1 << 15
 
 
 class Job:
-    """The sequences of one call, and what came of them.
+    """The texts of one call, and what came of them.
 
     Attributes:
-        rows: the results so far, float32 of shape (number of sequences, width).
+        rows: the results so far, float32 of shape (number of texts, width).
         n_finished: how many of them are there.
         error: why there will be no more, or None.
         abort: ends the job early.
@@ -42,7 +44,8 @@ class Job:
 
     def __init__(
         self,
-        sequences: Sequence[npt.NDArray[np.int32]],
+        texts: Sequence[str],
+        tokenize: Callable[[int, str], npt.NDArray[np.int32]],
         width: int,
         abort: AbortToken | None = None,
         *,
@@ -51,27 +54,29 @@ class Job:
         """Prepare to compute.
 
         Args:
-            sequences: token ids, each of shape (n,) with n at least 1.
+            texts: what a row is made of, each.
+            tokenize: the sequence of a text, given its row: token ids of shape (n,) with n at
+                least 1. What it raises is the job's error.
             width: floats in a row.
             abort: ends the job early.
             bulk: whether others come first.
         """
         self.bulk = bulk
-        self.rows = np.empty((len(sequences), width), np.float32)
-        self.error: InferpoolError | None = None
+        self.rows = np.empty((len(texts), width), np.float32)
+        self.error: Exception | None = None
         self.abort = abort
-        self._sequences = sequences
         self.n_finished = 0
-        # Ascending, so that the longest one that fits is found by bisection.
-        self._waiting = sorted(range(len(sequences)), key=self._length)
-
-    def _length(self, row: int) -> int:
-        return len(self._sequences[row])
+        self._texts = texts
+        self._tokenize = tokenize
+        self._sequences: list[npt.NDArray[np.int32]] = []
+        # Rows by length, and the lengths, ascending: the longest that fits is found by bisection.
+        self._waiting: dict[int, list[int]] = {}
+        self._lengths: list[int] = []
 
     @property
     def ended(self) -> bool:
         """Whether nothing is left to compute."""
-        return self.error is not None or self.n_finished == len(self._sequences)
+        return self.error is not None or self.n_finished == len(self._texts)
 
     @property
     def cancelled(self) -> bool:
@@ -79,9 +84,27 @@ class Job:
         return self.abort is not None and self.abort.is_set()
 
     @property
+    def unread(self) -> bool:
+        """Whether some texts are still to be tokenised."""
+        return self.error is None and len(self._sequences) < len(self._texts)
+
+    @property
     def waiting(self) -> bool:
         """Whether some sequences are in no batch yet."""
-        return bool(self._waiting)
+        return bool(self._lengths)
+
+    def read(self) -> int:
+        """Tokenise the next text, and say how long it was: its characters, or tokens if more."""
+        row = len(self._sequences)
+        text = self._texts[row]
+        try:
+            tokens = self._tokenize(row, text)
+        except Exception as error:  # noqa: BLE001  # its caller's to know, and nobody else's
+            self.error = error
+            return len(text)
+        self._sequences.append(tokens)
+        self.put_back(row)
+        return max(len(text), len(tokens))
 
     def take(self, start: int, end: int) -> int | None:
         """Take out the waiting sequence that fits best between two places of a batch.
@@ -97,15 +120,15 @@ class Job:
             Its row, or None if none fits.
         """
         if not start:
-            return self._waiting.pop() if self._waiting else None
+            return self._take_out(-1) if self._lengths else None
         found = []
         for tile_end in {end, *range(_TILE, end, _TILE)}:
             # The longest one that ends there or before.
-            at = bisect.bisect_right(self._waiting, tile_end - start, key=self._length) - 1
+            at = bisect.bisect_right(self._lengths, tile_end - start) - 1
             if at >= 0:
-                left_over = (tile_end - start - self._length(self._waiting[at])) % _TILE
+                left_over = (tile_end - start - self._lengths[at]) % _TILE
                 found.append((-left_over, at))
-        return self._waiting.pop(max(found)[1]) if found else None
+        return self._take_out(max(found)[1]) if found else None
 
     def tokens(self, row: int) -> npt.NDArray[np.int32]:
         """The sequence of a row."""
@@ -113,7 +136,17 @@ class Job:
 
     def put_back(self, row: int) -> None:
         """Undo `take`."""
-        bisect.insort(self._waiting, row, key=self._length)
+        length = len(self._sequences[row])
+        if length not in self._waiting:
+            bisect.insort(self._lengths, length)
+        self._waiting.setdefault(length, []).append(row)
+
+    def _take_out(self, at: int) -> int:
+        length = self._lengths[at]
+        row = self._waiting[length].pop()
+        if not self._waiting[length]:
+            del self._waiting[length], self._lengths[at]
+        return row
 
 
 class Packer:
@@ -183,16 +216,32 @@ class Packer:
         return bool(self._jobs)
 
     def step(self) -> list[Job]:
-        """Compute one batch of what waits, and return the jobs that ended."""
+        """Tokenise some texts and compute one batch; return the jobs that ended."""
         for job in self._jobs:
             if job.cancelled:
                 job.error = CallCancelled("the call was cancelled")
+        self._read_texts()
         batch = self._plan()
         if batch:
             self._compute(batch)
         ended = [job for job in self._jobs if job.ended]
         self._jobs = deque(job for job in self._jobs if not job.ended)
         return ended
+
+    def _read_texts(self) -> None:
+        """Tokenise a text of each job in turn, until that is enough for a step.
+
+        Jobs with nothing to compute yet have the first turns, bulk jobs the last.
+        """
+        left = _READ_CHARACTERS
+        for bulk in (False, True):
+            unread = (job for job in self._jobs if job.bulk is bulk and job.unread)
+            turns = deque(sorted(unread, key=lambda job: job.waiting))
+            while turns and left > 0:
+                job = turns.popleft()
+                left -= job.read()
+                if job.unread:
+                    turns.append(job)
 
     def _plan(self) -> list[tuple[Job, int]]:
         """The next batch: a sequence of each job in turn, until the batch is full.
@@ -226,7 +275,7 @@ class Packer:
             self._context.clear()
             self._context.decode(self._batch)
             for sequence, (job, row) in enumerate(plan):
-                self._read(sequence, job.rows[row])
+                self._read_row(sequence, job.rows[row])
         except InferpoolError as error:
             self._share_out(error, jobs, plan)
             return
@@ -251,7 +300,7 @@ class Packer:
         for job, row in plan:
             job.put_back(row)
 
-    def _read(self, sequence: int, row: npt.NDArray[np.float32]) -> None:
+    def _read_row(self, sequence: int, row: npt.NDArray[np.float32]) -> None:
         source = lib.llama_get_embeddings_seq(self._context.handle, sequence)
         if not source:
             raise ModelError(f"llama.cpp gave no result for sequence {sequence}")

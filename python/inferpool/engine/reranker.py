@@ -51,17 +51,17 @@ class Reranker:
         self.n_ctx = packer.n_ctx
 
     def job(self, request: RerankRequest, abort: AbortToken | None) -> Job:
-        """Tokenise a request; `finish` makes results of the rows of the job.
+        """What is to be computed for a request; `finish` makes results of the rows of the job.
 
-        Raises:
-            ContextLengthExceeded: if a pair is over-long and ``truncate`` is off, or the query
-                leaves no room for a document.
+        The job's error is `ContextLengthExceeded` if a pair is over-long and ``truncate`` is off,
+        or the query leaves no room for a document.
         """
-        pairs = [
-            self._tokenize(request.query, i, document, truncate=request.truncate)
-            for i, document in enumerate(request.documents)
-        ]
-        return Job(pairs, self._n_labels, abort, bulk=request.priority == "bulk")
+
+        def tokenize(index: int, document: str) -> Tokens:
+            return self._tokenize(request.query, index, document, truncate=request.truncate)
+
+        bulk = request.priority == "bulk"
+        return Job(request.documents, tokenize, self._n_labels, abort, bulk=bulk)
 
     def finish(self, rows: npt.NDArray[np.float32], request: RerankRequest) -> list[RerankResult]:
         """The results that ``request`` asks for, of what the model made of its pairs."""

@@ -26,7 +26,7 @@ class PackedEngine(Protocol):
     """What a role makes of a model that pools."""
 
     def job(self, request: Any, abort: AbortToken | None) -> Job:
-        """Tokenise a request."""
+        """What is to be computed for a request, whose texts are tokenised bit by bit."""
 
     def finish(self, rows: npt.NDArray[np.float32], request: Any) -> Any:
         """The answer to ``request``, of the rows of its job."""
@@ -78,7 +78,7 @@ class PackedSession:
         self.packer.submit(job)
 
     def step(self) -> float | None:
-        """Compute one batch for whoever waits; see `inferpool.worker.Session`."""
+        """Read texts and compute a batch for whoever waits; see `inferpool.worker.Session`."""
         try:
             for job in self.packer.step():
                 reply, kind, request = self._computing.pop(job)
