@@ -24,6 +24,7 @@ from inferpool.engine.formats import (
 )
 from inferpool.engine.grammar import Grammar, GrammarState
 from inferpool.engine.model import Model
+from inferpool.engine.prompt import PromptBuilder
 from inferpool.engine.turns import as_text, turns
 from inferpool.errors import InvalidRequest
 from inferpool.messages import (
@@ -402,6 +403,38 @@ def test_a_template_without_tools_gets_them_as_text() -> None:
     assert results.role == "user"
     assert results.text.count("<tool_response>") == 2
     assert as_text(messages[:2], [], form) == messages[:2]
+
+
+def test_a_template_without_system_messages_gets_tools_with_the_user_s_first_turn(
+    model: Model,
+) -> None:
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    messages: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Hi."},
+    ]
+    for source in (
+        refusing,
+        refusing.replace("{{ raise_exception('no system') }}", "{% continue %}"),
+    ):
+        builder = PromptBuilder(model, n_ctx=1024, chat_template=source)
+
+        def shown(asked: list[dict[str, Any]], builder: PromptBuilder = builder) -> str:
+            fields = {"messages": asked, "tools": [CLOCK]}
+            tokens = builder.build(read(fields, ChatRequest)).tokens.tolist()
+            return b"".join(model.piece(token, special=True) for token in tokens).decode()
+
+        text = shown(messages)
+        assert text.startswith("<assistant>Hello.<user>You may call functions")
+        assert text.endswith("</tool_call>\n\nHi.")
+        assert shown(messages[:1]).startswith("<user>You may call functions")
+    builder = PromptBuilder(model, n_ctx=1024, chat_template=refusing)
+    asked = {"messages": [{"role": "system", "content": "Be kind."}, *messages], "tools": [CLOCK]}
+    with pytest.raises(InvalidRequest, match="no system"):
+        builder.build(read(asked, ChatRequest))
 
 
 # Through the engine

@@ -174,7 +174,9 @@ class PromptBuilder:
         self, template: ChatTemplate, messages: Sequence[ChatMessage], tools: Sequence[Tool]
     ) -> str:
         if self._format.system:
-            return template.render(turns(as_text(messages, tools, self._format)))
+            takes_system = template.takes_system
+            plain = as_text(messages, tools, self._format, takes_system=takes_system)
+            return template.render(turns(plain))
         return template.render(turns(messages), described(tools) or None)
 
     def _visible(self, reasoning: Reasoning | None, calls: ToolFormat | None) -> frozenset[int]:

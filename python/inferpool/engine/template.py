@@ -7,6 +7,7 @@ are written for that.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from inferpool.engine.jinja import BoundedEnvironment, TemplateTooExpensive
 from inferpool.errors import InvalidRequest, ModelError, ModelLoadError
 
 __all__ = ["ChatTemplate"]
+
+_PROBE = "probe"
+"""A message, to see whether a template writes it."""
 
 
 class ChatTemplate:
@@ -57,6 +61,19 @@ class ChatTemplate:
         # The compilers of jinja and Python each have their own ways to fail.
         except Exception as error:
             raise ModelLoadError(f"the chat template is broken: {error}") from error
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether it writes a system message, which some templates refuse and others drop."""
+        return self._shows(
+            [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
+        )
+
+    def _shows(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            return _PROBE in self.render(messages)
+        except (InvalidRequest, ModelError):
+            return False
 
     def render(
         self,
