@@ -141,6 +141,18 @@ def test_what_is_none_is_not_given(chat_pool: Pool) -> None:
         assert make(*about, nothing) == make(*about, {})
 
 
+def test_what_a_developer_says_is_the_system_s(chat_pool: Pool) -> None:
+    user = {"role": "user", "content": "Hi!"}
+    answers = [
+        chat_pool.chat(
+            [{"role": role, "content": "Speak as a pirate."}, user], max_tokens=8, temperature=0
+        )
+        for role in ("system", "developer")
+    ]
+    assert answers[0].text == answers[1].text
+    assert answers[0].usage == answers[1].usage
+
+
 def test_one_text_may_stop_an_answer(chat_pool: Pool) -> None:
     options: dict[str, Any] = {"max_tokens": 24, "temperature": 0}
     whole = chat_pool.chat.complete("One, two, three,", **options).text

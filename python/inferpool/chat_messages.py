@@ -188,7 +188,8 @@ class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation, in OpenAI's shape."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """``"developer"`` is what OpenAI calls the system now; templates don't, and it becomes that."""
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] = []
     """Of an assistant's turn: the calls that it made."""
@@ -199,6 +200,8 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of an assistant's turn: what it thought, for templates that repeat it."""
 
     def __post_init__(self) -> None:
+        if self.role == "developer":
+            msgspec.structs.force_setattr(self, "role", "system")
         if self.content is None and not self.tool_calls:
             raise ValueError(f"a message of role {self.role!r} needs content")
         if self.tool_calls and self.role != "assistant":
