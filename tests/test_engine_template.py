@@ -168,6 +168,23 @@ def test_a_long_conversation_is_no_attack() -> None:
     assert len(template(source).render(messages)) > 10_000_000
 
 
+@pytest.mark.parametrize("other", ["{{ line['text'] }}", "{{ raise_exception('no part') }}"])
+def test_a_template_that_only_reads_parts_gets_the_text_in_one(other: str) -> None:
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{% for line in m['content'] %}"
+        "{% if line['type'] == 'text' %}{{ line['text'] }}{% else %}OTHER{% endif %}"
+        "{% endfor %}{% endfor %}"
+    ).replace("OTHER", other)
+    messages = [{"role": "system", "content": "Be kind."}, *USER, {"role": "x", "content": ""}]
+    parts = template(source)
+    assert parts.render(messages) == "<system>Be kind.<user>hi<x>"
+    assert parts.takes_system
+    either = "{% for m in messages %}{{ m.content if m.content is string else 'text' }}{% endfor %}"
+    assert template(either).render(USER) == "hi"
+    # One that writes neither gets what it would get of others.
+    assert template("{{ messages[0].content | length }} text").render(USER) == "2 text"
+
+
 def test_the_template_of_the_default_model_renders(model: Model) -> None:
     rendered = template(model.chat_template or "").render(USER)
     assert rendered.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")

@@ -220,6 +220,18 @@ def test_too_many_images_are_refused_with_the_numbers(engine: VisionEngine) -> N
     assert caught.value.details["asked"] > caught.value.details["context"] == 512
 
 
+def test_a_template_that_only_reads_parts_gets_images_too(mmproj: Path) -> None:
+    options = {"model": "smollm2", "mmproj": str(mmproj), "n_ctx": 128, "n_threads": 1}
+    options["chat_template"] = (
+        "{% for line in messages[0]['content'] %}"
+        "{% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}{% endfor %}"
+    )
+    made = role.make_session(SimpleNamespace(options=options), None)
+    parts = made.engine._parts([pixels(1)], request("What?"))
+    made.close()
+    assert [part if isinstance(part, str) else "image" for part in parts] == ["image", "What?"]
+
+
 def test_a_template_that_drops_images_is_refused(mmproj: Path) -> None:
     options = {"model": "smollm2", "mmproj": str(mmproj), "n_ctx": 128, "n_threads": 1}
     options["chat_template"] = "{{ messages[0].content[:10] }}"

@@ -61,6 +61,11 @@ class ChatTemplate:
         # The compilers of jinja and Python each have their own ways to fail.
         except Exception as error:
             raise ModelLoadError(f"the chat template is broken: {error}") from error
+        self._takes_only_parts = False
+        # One that reads parts has to name the key of their text.
+        if "text" in source and not self._shows([{"role": "user", "content": _PROBE}]):
+            self._takes_only_parts = True
+            self._takes_only_parts = self._shows([{"role": "user", "content": _PROBE}])
 
     @functools.cached_property
     def takes_system(self) -> bool:
@@ -83,13 +88,15 @@ class ChatTemplate:
         """The prompt that asks for the turn after ``messages``.
 
         Args:
-            messages: the turns, as Hugging Face's templates expect them.
+            messages: the turns, as Hugging Face's templates expect them; the content is text.
             tools: what the model may call, as OpenAI describes tools.
 
         Raises:
             InvalidRequest: if the template refuses the messages (two user turns in a row, say).
             ModelError: if the template fails, or does not end.
         """
+        if self._takes_only_parts:
+            messages = [_in_parts(message) for message in messages]
         # About what it has to write; how much of that the template makes is bounded by it.
         self._environment.allow(len(str(messages)) + len(str(tools)))
         try:
@@ -101,6 +108,10 @@ class ChatTemplate:
         # Anything can go wrong in a template's expressions, and all of it is the template.
         except Exception as error:
             raise ModelError(f"the chat template failed: {error!r}") from error
+
+
+def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 class _Refused(Exception):
