@@ -19,6 +19,7 @@ from tiny_models import write_projector, write_qwen3
 
 from inferpool.engine import backend, projector
 from inferpool.engine.abort import Deadline
+from inferpool.engine.answer import collect
 from inferpool.engine.images import Document, Pixels, decode_image
 from inferpool.engine.vision import VisionEngine
 from inferpool.errors import (
@@ -78,8 +79,10 @@ def engine(session: role.VisionSession) -> VisionEngine:
     return session.engine
 
 
-def make_session(mmproj: Path | str, model: Path | str = "smollm2") -> role.VisionSession:
-    options = {"model": str(model), "mmproj": str(mmproj), "n_ctx": 512, "n_threads": 1}
+def make_session(
+    mmproj: Path | str, model: Path | str = "smollm2", **options: Any
+) -> role.VisionSession:
+    options |= {"model": str(model), "mmproj": str(mmproj), "n_ctx": 512, "n_threads": 1}
     return role.make_session(SimpleNamespace(options=options), CountdownAbort())
 
 
@@ -239,6 +242,20 @@ def test_a_template_that_drops_images_is_refused(mmproj: Path) -> None:
     with pytest.raises(InvalidRequest, match="drops the images"):
         answer(made.engine, [pixels(1)])
     made.close()
+
+
+def test_reasoning_is_kept_apart_and_a_grammar_waits_for_its_end(mmproj: Path) -> None:
+    source = "{{ messages[-1].content }}\n<think>{# </think> #}"
+    made = make_session(mmproj, chat_template=source)
+    asked = request("Say </think> now.", max_tokens=24)
+    free = collect(made.engine.stream([pixels(1)], asked))
+    asked = request("Say </think> now.", max_tokens=24, grammar='root ::= "yes"')
+    kept = collect(made.engine.stream([pixels(1)], asked))
+    made.close()
+    assert free.reasoning
+    # Greedy SmolLM2 may not close it: then all of it is reasoning, and the same without a grammar.
+    assert kept.reasoning == free.reasoning
+    assert kept.text in {"", "yes"}
 
 
 # Cancelling

@@ -19,7 +19,7 @@ from inferpool.engine.turns import Window, as_text, described, turns
 from inferpool.errors import ContextLengthExceeded, InvalidRequest
 from inferpool.messages import ChatMessage, ChatRequest, NamedTool, Sampling, Tool
 
-__all__ = ["Prompt", "PromptBuilder", "grammar_of"]
+__all__ = ["Prompt", "PromptBuilder", "begin_answer", "grammar_of", "visible_tokens"]
 
 # Without max_tokens, windowing leaves this part of the context to the answer.
 _ANSWER_SHARE = 4
@@ -147,11 +147,8 @@ class PromptBuilder:
             asked = len(self._model.tokenize_prompt(without)) if tools else len(tokens)
             self._check_room(request, asked, len(tokens) - asked)
         reasoning = self._reasoning
-        thinking = reasoning is not None and text.rstrip().endswith(reasoning.begin)
         forced = _call_grammar(request, self._format)
-        grammar = forced or grammar_of(request)
-        if grammar is not None and thinking and reasoning is not None:
-            grammar = Grammar(grammar.gbnf, after=reasoning.end)
+        thinking, grammar = begin_answer(text, reasoning, forced or grammar_of(request))
         # What the caller wants the answer to look like is text, even where it looks like a call.
         calls = self._format if tools and (forced or not grammar) else None
         return Prompt(
@@ -165,7 +162,7 @@ class PromptBuilder:
             calls=calls,
             tools=tools,
             dropped_messages=len(messages) - len(window.without(dropped)),
-            visible=self._visible(reasoning, calls),
+            visible=visible_tokens(self._model, reasoning, calls),
             is_bulk=request.priority == "bulk",
             may_reuse=_may_reuse(request),
         )
@@ -178,16 +175,6 @@ class PromptBuilder:
             plain = as_text(messages, tools, self._format, takes_system=takes_system)
             return template.render(turns(plain))
         return template.render(turns(messages), described(tools) or None)
-
-    def _visible(self, reasoning: Reasoning | None, calls: ToolFormat | None) -> frozenset[int]:
-        marks = [] if reasoning is None else [reasoning.begin, reasoning.end]
-        marks += [] if calls is None else calls.markers
-        return frozenset(
-            token
-            for mark in marks
-            for token in self._model.tokenize(mark, add_special=False, parse_special=True).tolist()
-            if not self._model.piece(token)
-        )
 
     def _at_least(self, text: str) -> int:
         """How many tokens a text has at least; 0 unless it is long for the context.
@@ -216,6 +203,31 @@ class PromptBuilder:
                 context=self.n_ctx,
                 margin=margin,
             )
+
+
+def begin_answer(
+    text: str, reasoning: Reasoning | None, grammar: Grammar | None
+) -> tuple[bool, Grammar | None]:
+    """Whether the prompt ``text`` opens the reasoning, and the grammar, which then waits for it."""
+    if reasoning is None or not text.rstrip().endswith(reasoning.begin):
+        return False, grammar
+    if grammar is not None:
+        grammar = Grammar(grammar.gbnf, after=reasoning.end)
+    return True, grammar
+
+
+def visible_tokens(
+    model: Model, reasoning: Reasoning | None, calls: ToolFormat | None = None
+) -> frozenset[int]:
+    """Control tokens that mark reasoning and calls."""
+    marks = [] if reasoning is None else [reasoning.begin, reasoning.end]
+    marks += [] if calls is None else calls.markers
+    return frozenset(
+        token
+        for mark in marks
+        for token in model.tokenize(mark, add_special=False, parse_special=True).tolist()
+        if not model.piece(token)
+    )
 
 
 def _may_reuse(request: ChatRequest) -> bool:

@@ -13,10 +13,11 @@ import numpy.typing as npt
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.answer import Answer
 from inferpool.engine.context import Batch, Context, context_length
+from inferpool.engine.formats import reasoning_of
 from inferpool.engine.images import Pixels
 from inferpool.engine.model import Model
 from inferpool.engine.projector import Chunks, Projector
-from inferpool.engine.prompt import Prompt, grammar_of
+from inferpool.engine.prompt import Prompt, begin_answer, grammar_of, visible_tokens
 from inferpool.engine.template import ChatTemplate
 from inferpool.engine.turns import turns
 from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
@@ -64,6 +65,7 @@ class VisionEngine:
                 f"{model.path.name} has no chat template. hint: pass chat_template="
             )
         self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
+        self._reasoning = reasoning_of(source)
         self._model = model
         self._projector = projector
         self.n_ctx = context_length(n_ctx, model.n_ctx_train)
@@ -95,8 +97,9 @@ class VisionEngine:
             ModelError: if llama.cpp or the chat template fails.
         """
         since = time.perf_counter()
-        with closing(self._projector.tokenize(self._parts(images, request))) as chunks:
-            answer = Answer(self._prompt(chunks, request), since)
+        parts = self._parts(images, request)
+        with closing(self._projector.tokenize(parts)) as chunks:
+            answer = Answer(self._prompt(chunks, str(parts[-1]), request), since)
             with closing(answer.sampler):
                 for token in self._generate(chunks, answer, abort):
                     if not answer.add(token):
@@ -106,6 +109,7 @@ class VisionEngine:
         yield from answer.untold
 
     def _parts(self, images: Sequence[Pixels], request: Conversation) -> list[str | Pixels]:
+        """The prompt, which ends with a text."""
         # No text can spell out a marker that it doesn't know.
         marker = f"<image {secrets.token_hex(16)}>"
         conversation = turns(request.messages)
@@ -121,7 +125,7 @@ class VisionEngine:
             parts += [image, text]
         return [part for part in parts if not isinstance(part, str) or part]
 
-    def _prompt(self, chunks: Chunks, request: Conversation) -> Prompt:
+    def _prompt(self, chunks: Chunks, ending: str, request: Conversation) -> Prompt:
         n_prompt = sum(chunk.n_tokens for chunk in chunks)
         n_images = sum(chunk.n_tokens for chunk in chunks if chunk.tokens is None)
         room = self.n_ctx - n_prompt
@@ -134,13 +138,17 @@ class VisionEngine:
                 context=self.n_ctx,
                 response_budget=1,
             )
+        thinking, grammar = begin_answer(ending, self._reasoning, grammar_of(request))
         return Prompt(
             model=self._model,
             request=request,
             tokens=np.concatenate([chunk.tokens for chunk in chunks if chunk.tokens is not None]),
             n_images=n_images,
             budget=min(request.max_tokens or room, room),
-            grammar=grammar_of(request),
+            grammar=grammar,
+            reasoning=self._reasoning,
+            thinking=thinking,
+            visible=visible_tokens(self._model, self._reasoning),
         )
 
     def _generate(self, chunks: Chunks, answer: Answer, abort: AbortToken | None) -> Iterator[int]:
