@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from engine_fakes import SETTINGS, stream
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import Llama
+from tiny_models import write_qwen3
 
 from inferpool.engine.answer import collect
 from inferpool.engine.chat import ChatEngine
@@ -136,6 +139,32 @@ def test_any_conversation_keeps_its_end(roles: list[Any], bits: int) -> None:
     last = max(n for n, role in enumerate(roles) if role == "user")
     assert [m for m in left if m.role == "system"] == [m for m in messages if m.role == "system"]
     assert list(left[-len(messages[last:]) :]) == messages[last:]
+
+
+# The template for tools
+
+
+def test_a_template_for_tools_is_used_with_tools(tmp_path: Path) -> None:
+    templates = {
+        "default": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "tool_use": "[AVAILABLE_TOOLS]{{ tools | length }}[TOOL_CALLS]{{ messages[-1].content }}",
+    }
+    path = write_qwen3(tmp_path / "model.gguf", "chat", templates=templates)
+    with closing(Model(path)) as model:
+        user = [{"role": "user", "content": "Hi."}]
+        prompt = build(model, user, n_ctx=256, tools=[CLOCK])
+        assert shown(prompt) == "[AVAILABLE_TOOLS]1[TOOL_CALLS]Hi."
+        assert prompt.calls is not None
+        assert prompt.calls.begin == "[TOOL_CALLS]"
+        for options in ({}, {"tools": [CLOCK], "tool_choice": "none"}):
+            prompt = build(model, user, n_ctx=256, **options)
+            assert (shown(prompt), prompt.calls) == ("<user>Hi.", None)
+        with pytest.raises(ContextLengthExceeded) as caught:
+            build(model, user, n_ctx=20, tools=[CLOCK])
+        assert caught.value.details["asked"] == len("<user>Hi.")
+        own = PromptBuilder(model, n_ctx=256, chat_template="{{ tools }}[TOOL_CALLS]")
+        fields = {"messages": user, "tools": [CLOCK]}
+        assert "AVAILABLE" not in shown(own.build(read(fields, ChatRequest)))
 
 
 # Without a template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +27,17 @@ def _bytes_as_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
 
 
-def write_qwen3(path: Path, kind: Literal["chat", "embed", "rerank"], *, seed: int = 7) -> Path:
+def write_qwen3(
+    path: Path,
+    kind: Literal["chat", "embed", "rerank"],
+    *,
+    seed: int = 7,
+    templates: Mapping[str, str] | None = None,
+) -> Path:
     """A decoder of the architecture ``qwen3``; all kinds share a seed's weights, and vocabulary.
 
     ``chat`` continues a text, ``embed`` pools the last token, ``rerank`` turns the logits of
-    "yes" and "no" after its template into probabilities.
+    "yes" and "no" after its template into probabilities. ``templates`` are chat templates by name.
     """
     tokens = _bytes_as_characters()
     tokens += [merge.replace(" ", "") for merge in _MERGES]
@@ -84,10 +91,10 @@ def write_qwen3(path: Path, kind: Literal["chat", "embed", "rerank"], *, seed: i
         writer.add_chat_template([{"name": "rerank", "template": RERANK_TEMPLATE}])
         rows = [tokens.index("yes"), tokens.index("no")]
         writer.add_tensor("cls.output.weight", np.ascontiguousarray(output[rows]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    if templates is not None:
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        writer.add_chat_template(named)
+    _write(writer)
     return path
 
 
@@ -136,8 +143,12 @@ def write_projector(path: Path, *, width: int) -> Path:
     add("mm.0.bias", width)
     add("mm.2.weight", width, width)
     add("mm.2.bias", width)
+    _write(writer)
+    return path
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path

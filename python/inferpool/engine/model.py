@@ -216,6 +216,14 @@ class Model:
         return self._template(None)
 
     @property
+    def tool_template(self) -> str | None:
+        """The jinja template for conversations with tools, if it is another one.
+
+        ``tokenizer.chat_template.tool_use`` of the metadata.
+        """
+        return self._template(b"tool_use")
+
+    @property
     def rerank_template(self) -> str | None:
         """The prompt of a reranker that is asked a question, with ``{query}`` and ``{document}``.
 

@@ -57,6 +57,28 @@ class Prompt:
         return len(self.tokens) + self.n_images
 
 
+@dataclass(frozen=True, eq=False)
+class _Style:
+    """A chat template, and what it says of how its model writes."""
+
+    template: ChatTemplate
+    format: ToolFormat
+    reasoning: Reasoning | None
+
+    @classmethod
+    def of(cls, source: str, model: Model) -> _Style:
+        template = ChatTemplate(source, bos=model.bos, eos=model.eos)
+        form = tool_format_of(source, takes_tools=template.takes_tools)
+        return cls(template, form, reasoning_of(source))
+
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> str:
+        if self.format.system:
+            takes_system = self.template.takes_system
+            plain = as_text(messages, tools, self.format, takes_system=takes_system)
+            return self.template.render(turns(plain))
+        return self.template.render(turns(messages), described(tools) or None)
+
+
 class PromptBuilder:
     """Makes prompts for one model and its context.
 
@@ -65,7 +87,7 @@ class PromptBuilder:
     """
 
     def __init__(self, model: Model, *, n_ctx: int, chat_template: str | None = None) -> None:
-        """Compile the chat template, if there is one.
+        """Compile the chat template, if there is one, and that for tools.
 
         Args:
             model: the weights and vocabulary.
@@ -73,16 +95,16 @@ class PromptBuilder:
             chat_template: jinja text to use in place of the model's own.
 
         Raises:
-            ModelLoadError: if the chat template is broken.
+            ModelLoadError: if a chat template is broken.
         """
         self.n_ctx = n_ctx
         self._model = model
-        self._template: ChatTemplate | None = None
+        self._plain: _Style | None = None
         source = chat_template or model.chat_template
         if source is not None:
-            self._template = ChatTemplate(source, bos=model.bos, eos=model.eos)
-            self._format = tool_format_of(source, takes_tools=self._template.takes_tools)
-            self._reasoning = reasoning_of(source)
+            self._plain = self._with_tools = _Style.of(source, model)
+            if not chat_template and (source := model.tool_template) is not None:
+                self._with_tools = _Style.of(source, model)
 
     def build(self, request: ChatRequest) -> Prompt:
         """Render and tokenise ``request``.
@@ -108,24 +130,25 @@ class PromptBuilder:
                 is_bulk=request.priority == "bulk",
                 may_reuse=_may_reuse(request),
             )
-        if self._template is None:
+        if self._plain is None:
             raise InvalidRequest(
                 f"{self._model.path.name} has no chat template, so it can only complete a prompt. "
                 "hint: pass chat_template="
             )
-        return self._build_chat(request, request.messages, self._template)
+        return self._build_chat(request, request.messages, self._plain)
 
     def _build_chat(
-        self, request: ChatRequest, messages: Sequence[ChatMessage], template: ChatTemplate
+        self, request: ChatRequest, messages: Sequence[ChatMessage], plain: _Style
     ) -> Prompt:
         tools = [] if request.tool_choice == "none" else request.tools
+        style = self._with_tools if tools else plain
         window = Window(messages)
         keep_free = request.max_tokens or self.n_ctx // _ANSWER_SHARE
         rendered: dict[int, str] = {}
         tokenized: dict[int, npt.NDArray[np.int32]] = {}
 
         def fits(n_exchanges: int) -> bool:
-            text = self._render(template, window.without(n_exchanges), tools)
+            text = style.render(window.without(n_exchanges), tools)
             rendered[n_exchanges] = text
             if self._at_least(text) > self.n_ctx:
                 return False
@@ -143,14 +166,14 @@ class PromptBuilder:
             raise InvalidRequest("the chat template makes an empty prompt of these messages")
         if self._needed(request) + len(tokens) > self.n_ctx:
             kept = window.without(dropped)
-            without = self._render(template, kept, []) if tools else text
+            without = plain.render(kept, []) if tools else text
             asked = len(self._model.tokenize_prompt(without)) if tools else len(tokens)
             self._check_room(request, asked, len(tokens) - asked)
-        reasoning = self._reasoning
-        forced = _call_grammar(request, self._format)
+        reasoning = style.reasoning
+        forced = _call_grammar(request, style.format)
         thinking, grammar = begin_answer(text, reasoning, forced or grammar_of(request))
         # What the caller wants the answer to look like is text, even where it looks like a call.
-        calls = self._format if tools and (forced or not grammar) else None
+        calls = style.format if tools and (forced or not grammar) else None
         return Prompt(
             model=self._model,
             request=request,
@@ -166,15 +189,6 @@ class PromptBuilder:
             is_bulk=request.priority == "bulk",
             may_reuse=_may_reuse(request),
         )
-
-    def _render(
-        self, template: ChatTemplate, messages: Sequence[ChatMessage], tools: Sequence[Tool]
-    ) -> str:
-        if self._format.system:
-            takes_system = template.takes_system
-            plain = as_text(messages, tools, self._format, takes_system=takes_system)
-            return template.render(turns(plain))
-        return template.render(turns(messages), described(tools) or None)
 
     def _at_least(self, text: str) -> int:
         """How many tokens a text has at least; 0 unless it is long for the context.
