@@ -134,7 +134,7 @@ def test_what_is_none_is_not_given(chat_pool: Pool) -> None:
     for request, about, options in (
         (_completion_request, ("Hi!",), CompletionOptions),
         (_chat, ("Hi!",), Sampling),
-        (_pdf_request, (b"%PDF", "Hi!"), PdfOptions),
+        (lambda *given: _pdf_request(*given)(), (b"%PDF", "Hi!"), PdfOptions),
     ):
         nothing = dict.fromkeys(set(get_type_hints(options)) - {"model"})
         make: Any = request

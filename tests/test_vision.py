@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,62 @@ def test_on_an_event_loop(config: VisionConfig) -> None:
             assert [page.page for page in pages] == [2]
 
     asyncio.run(main())
+
+
+def test_files_are_read_beside_the_loop(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, document = tmp_path / "image.png", tmp_path / "pages.pdf"
+    path.write_bytes(PNG)
+    document.write_bytes(PDF)
+    threads: list[threading.Thread] = []
+    read_bytes, save = Path.read_bytes, Image.Image.save
+
+    def noting(original: Any, *arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(Path, "read_bytes", lambda *a: noting(read_bytes, *a))
+    monkeypatch.setattr(Image.Image, "save", lambda *a, **o: noting(save, *a, **o))
+
+    async def main() -> None:
+        vision = pool.as_async().vision
+        assert (await vision([path, IMAGE], "What?", **GREEDY)).text
+        assert [delta async for delta in vision.stream(path, "What?", **GREEDY)]
+        assert [page async for page in vision.pdf(document, "What?", pages=[1], **GREEDY)]
+        with pytest.raises(FileNotFoundError):
+            await anext(vision.stream("no-such-file.png", "What?"))
+        with pytest.raises(TypeError, match="temprature"):  # before anything is read
+            vision.stream("no-such-file.png", "What?", temprature=1)  # type: ignore[call-arg]
+
+    asyncio.run(main())
+    assert len(threads) == 5
+    assert threading.current_thread() not in threads
+
+
+def test_a_stream_may_be_closed_while_its_files_are_read(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> bytes:
+        reading.set()
+        go_on.wait()
+        return PNG
+
+    monkeypatch.setattr(Path, "read_bytes", slow)
+
+    async def main() -> None:
+        stream = pool.as_async().vision.stream("image.png", "What?", **GREEDY)
+        first = asyncio.create_task(anext(stream, None))
+        while not reading.is_set():
+            await asyncio.sleep(0.001)
+        stream.close()
+        go_on.set()
+        assert await first is None
+
+    asyncio.run(main())
+    assert pool.status()["vision"].in_flight == 0
 
 
 def test_a_projector_of_another_width(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -91,14 +92,26 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
     def __init__(
         self,
         driver: LoopDriver,
-        opening: Callable[[Deadline], Steps[OpenCall]],
+        opening: Callable[..., Steps[OpenCall]],
         timeout: float | None,
         convert: Callable[[Sequence[Any]], Sequence[T]],
+        reading: Callable[[], Any] | None = None,
     ) -> None:
+        """Prepare to open a call with the first item.
+
+        Args:
+            driver: runs the steps.
+            opening: opens the call, given its deadline, and before that its payload if there is
+                ``reading``.
+            timeout: seconds until `CallTimeout`.
+            convert: makes items of what arrives.
+            reading: makes the payload, and would block the loop.
+        """
         self._driver = driver
         self._convert = convert
         self._timeout = timeout
         self._opening = opening
+        self._reading = reading
         self._ended = False
         self._cancelled = False
         self._lock = asyncio.Lock()
@@ -118,7 +131,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
                     self._deadline = Deadline(self._timeout)
                 if self._opened is None:
                     self._check_cancelled()
-                    self._opened = await self._driver.run(self._opening(self._deadline))
+                    self._opened = await self._open(self._deadline)
                     self._check_cancelled()
                     if self._ended:  # meanwhile, by another task
                         raise StopAsyncIteration
@@ -137,6 +150,14 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
     def _check_cancelled(self) -> None:
         if self._cancelled:
             raise CallCancelled("the call was cancelled")
+
+    async def _open(self, deadline: Deadline) -> OpenCall:
+        opening = self._opening
+        if self._reading is not None:
+            opening = partial(opening, await asyncio.to_thread(self._reading))
+            if self._ended:  # meanwhile, by another task
+                raise StopAsyncIteration
+        return await self._driver.run(opening(deadline))
 
     def cancel(self) -> None:
         """End the call from any task; whoever iterates gets `CallCancelled`."""

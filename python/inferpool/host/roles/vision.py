@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
@@ -86,7 +87,7 @@ class Vision:
             TypeError: an image of another type, or an unknown option.
             OSError: a file can't be read.
         """
-        request = _request(image, prompt, options)
+        request = _request(image, prompt, options)()
         return self._driver.run(_vision(self._supervisor, self._driver, request, timeout))
 
     def stream(
@@ -98,7 +99,7 @@ class Vision:
         **options: Unpack[Sampling],
     ) -> Stream[ChatDelta]:
         """As a plain call, piece by piece. Closing the stream, or dropping it, stops the model."""
-        request = _request(image, prompt, options)
+        request = _request(image, prompt, options)()
         opening = partial(open_call, self._supervisor, self._driver, "vision.stream", request)
         return Stream(self._driver, opening, timeout, _deltas)
 
@@ -127,13 +128,13 @@ class Vision:
             TypeError, ValueError: an unknown option, or one out of range.
             OSError: the file can't be read.
         """
-        request = _pdf_request(document, prompt, options)
+        request = _pdf_request(document, prompt, options)()
         opening = partial(open_call, self._supervisor, self._driver, "vision.pdf", request)
         return Stream(self._driver, opening, timeout, _pages)
 
 
 class AsyncVision:
-    """The ``vision`` role of an `AsyncPool`."""
+    """The ``vision`` role of an `AsyncPool`. Images and documents are read in a thread."""
 
     def __init__(self, supervisor: Supervisor, driver: LoopDriver) -> None:
         self._supervisor = supervisor
@@ -148,7 +149,7 @@ class AsyncVision:
         **options: Unpack[Sampling],
     ) -> ChatResult:
         """As `Vision.__call__`."""
-        request = _request(image, prompt, options)
+        request = await asyncio.to_thread(_request(image, prompt, options))
         return await self._driver.run(_vision(self._supervisor, self._driver, request, timeout))
 
     def stream(
@@ -159,10 +160,10 @@ class AsyncVision:
         timeout: float | None = None,
         **options: Unpack[Sampling],
     ) -> AsyncStream[ChatDelta]:
-        """As `Vision.stream`, for ``async for``. The request is sent with the first item."""
-        request = _request(image, prompt, options)
-        opening = partial(open_call, self._supervisor, self._driver, "vision.stream", request)
-        return AsyncStream(self._driver, opening, timeout, _deltas)
+        """As `Vision.stream`, for ``async for``. Images are read, and sent, with the first item."""
+        reading = _request(image, prompt, options)
+        opening = partial(open_call, self._supervisor, self._driver, "vision.stream")
+        return AsyncStream(self._driver, opening, timeout, _deltas, reading)
 
     def pdf(
         self,
@@ -172,31 +173,42 @@ class AsyncVision:
         timeout: float | None = None,
         **options: Unpack[PdfOptions],
     ) -> AsyncStream[PdfPage]:
-        """As `Vision.pdf`, for ``async for``. The request is sent with the first item."""
-        request = _pdf_request(document, prompt, options)
-        opening = partial(open_call, self._supervisor, self._driver, "vision.pdf", request)
-        return AsyncStream(self._driver, opening, timeout, _pages)
+        """As `Vision.pdf`, for ``async for``. The file is read, and sent, with the first item."""
+        reading = _pdf_request(document, prompt, options)
+        opening = partial(open_call, self._supervisor, self._driver, "vision.pdf")
+        return AsyncStream(self._driver, opening, timeout, _pages, reading)
 
 
 def _request(
     image: AnImage | Sequence[AnImage], prompt: Messages, options: Sampling
-) -> VisionRequest | Naming:
+) -> Callable[[], VisionRequest | Naming]:
+    """Check the options; what is returned reads the images, which may take long."""
     model = options.pop("model", None)
-    images = [_image(each) for each in (image if isinstance(image, list | tuple) else [image])]
-    return naming(model, VisionRequest(images=images, chat=_chat(prompt, options)))
+    chat = _chat(prompt, options)
+
+    def reading() -> VisionRequest | Naming:
+        several = image if isinstance(image, list | tuple) else [image]
+        return naming(model, VisionRequest(images=[_image(each) for each in several], chat=chat))
+
+    return reading
 
 
 def _pdf_request(
     document: bytes | str | os.PathLike[str], prompt: Messages, options: PdfOptions
-) -> PdfRequest | Naming:
+) -> Callable[[], PdfRequest | Naming]:
+    """Check the sampling options; what is returned reads the document."""
     model = options.pop("model", None)
     sampling: dict[str, Any] = dict(options)
     own = {name: sampling.pop(name) for name in _PDF_OPTIONS if name in sampling}
     if own.get("pages") is not None:
         own["pages"] = list(own["pages"])
-    data = document if isinstance(document, bytes) else Path(document).read_bytes()
     chat = _chat(prompt, sampling)
-    return naming(model, read_given({"document": data, "chat": chat, **own}, PdfRequest))
+
+    def reading() -> PdfRequest | Naming:
+        data = document if isinstance(document, bytes) else Path(document).read_bytes()
+        return naming(model, read_given({"document": data, "chat": chat, **own}, PdfRequest))
+
+    return reading
 
 
 def _chat(prompt: Messages, options: Any) -> Conversation:
