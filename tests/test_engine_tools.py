@@ -352,6 +352,19 @@ def test_a_prompt_may_have_opened_the_reasoning(cuts: list[int]) -> None:
     assert (unfinished.reasoning, unfinished.text) == ("Hm. </thi", "")
 
 
+@given(cuts=st.lists(st.integers(0, 1000)))
+def test_an_answer_may_be_marked_as_well(cuts: list[int]) -> None:
+    harmony = reasoning_of("{{ '<|channel|>analysis<|message|>' }}")
+    assert harmony is not None
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    text = f"{thought}<|channel|>final<|message|>Yes <|channel|>."
+    result = parsed(text, cuts, reasoning=harmony)
+    assert (result.reasoning, result.text) == ("Hm.", "Yes <|channel|>.")
+    result = parsed("<|channel|>final<|message|>Yes.", cuts, reasoning=harmony)
+    assert (result.reasoning, result.text) == ("", "Yes.")
+    assert "<|channel|>final<|message|>" in harmony.markers
+
+
 def test_a_mark_in_the_midst_opens_nothing() -> None:
     text = "The mark <think> opens it."
     assert parsed(text, reasoning=THINK).text == text

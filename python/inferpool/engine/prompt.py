@@ -234,7 +234,7 @@ def visible_tokens(
     model: Model, reasoning: Reasoning | None, calls: ToolFormat | None = None
 ) -> frozenset[int]:
     """Control tokens that mark reasoning and calls."""
-    marks = [] if reasoning is None else [reasoning.begin, reasoning.end]
+    marks = [] if reasoning is None else reasoning.markers
     marks += [] if calls is None else calls.markers
     return frozenset(
         token

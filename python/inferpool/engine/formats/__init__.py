@@ -17,6 +17,12 @@ class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     begin: str
     end: str
+    answer: str = ""
+
+    @property
+    def markers(self) -> list[str]:
+        """Texts that may be control tokens, which show only where they are looked for."""
+        return [text for text in (self.begin, self.end, self.answer) if text]
 
 
 class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
