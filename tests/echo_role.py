@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from inferpool.errors import CallCancelled
+from inferpool.errors import CallCancelled, ContextLengthExceeded, ModelError
 from inferpool.worker import (
     KindHandler,
     Reply,
@@ -80,6 +80,16 @@ def count(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
         number += 1
 
 
+def count_united(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Count until a union of abort tokens is set; the session remembers when that was."""
+    both = reply.abort.union(reply.abort).union(reply.abort)
+    number = 0
+    while not both.is_set():
+        reply.send("number", number)
+        number += 1
+    cast(Session, state.session).options["stopped_at"] = number
+
+
 def tagged(reply: Reply, payload: list[int], state: WorkerLoopState) -> None:
     """Send so many items that say whose they are: process, tag of the call, place in the answer."""
     tag, items = payload
@@ -129,6 +139,8 @@ def raise_(reply: Reply, payload: str, state: WorkerLoopState) -> None:
         "exit": lambda: SystemExit(3),
         "interrupt": KeyboardInterrupt,
         "detailed": Detailed,
+        "model": lambda: ModelError("no more ideas"),
+        "context": lambda: ContextLengthExceeded("too long", asked=9, context=8),
         "long": lambda: ValueError("x" * 2_000_000),
     }
     error = errors[payload]
@@ -275,6 +287,7 @@ def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
 HANDLERS: dict[str, KindHandler] = {
     "echo": echo,
     "count": count,
+    "count_united": count_united,
     "tagged": tagged,
     "sized": sized,
     "nothing": nothing,

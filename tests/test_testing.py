@@ -145,3 +145,21 @@ def test_a_channel_in_this_process_answers_as_a_worker_does() -> None:
             channel.call("unencodable")
         with pytest.raises(RemoteError, match="KeyError"):
             channel.call("raise", "missing")
+
+
+@pytest.mark.parametrize("kind", ["model", "context", "value"])
+def test_an_error_in_this_process_is_the_one_of_a_pool(kind: str) -> None:
+    with Pool(echo=echo_role()) as pool, pytest.raises(Exception) as expected:  # noqa: PT011
+        pool.call("echo", "raise", kind)
+    with InProcessChannel(echo_role()) as channel, pytest.raises(expected.type) as caught:
+        channel.call("raise", kind)
+    assert str(caught.value) == str(expected.value)
+    assert isinstance(caught.value, RemoteError) is (kind == "value")
+    details = getattr(expected.value, "details", None)
+    assert getattr(caught.value, "details", None) == details
+
+
+def test_abort_tokens_in_this_process_have_a_union() -> None:
+    with InProcessChannel(echo_role()) as channel:
+        assert channel.stream("count_united", limit=3) == [0, 1, 2]
+        assert channel.session.options["stopped_at"] == 3

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from inferpool import errors
 from inferpool.chat_messages import (
     ChatDelta,
     ChatMessage,
@@ -174,6 +175,22 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     message: str
     traceback: str
     details: dict[str, Any] = {}
+
+    def exception(self) -> errors.InferpoolError:
+        """What the caller gets.
+
+        A `ModelError` or `CallError` of this package comes back as itself, anything else as
+        `RemoteError`.
+        """
+        cls = getattr(errors, self.type_name, None) if self.type_name in errors.__all__ else None
+        if cls is errors.ContextLengthExceeded:
+            return errors.ContextLengthExceeded(self.message, **self.details)
+        travels = cls is not None and issubclass(cls, (errors.ModelError, errors.CallError))
+        if cls is None or not travels or cls is errors.RemoteError:
+            return errors.RemoteError(self.type_name, self.message, self.traceback)
+        error: errors.InferpoolError = cls(self.message)
+        error.add_note(self.traceback)
+        return error
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from inferpool import codec, errors
+from inferpool import codec
 from inferpool._transport import Event, HostChannel
 from inferpool.errors import (
     InferpoolError,
@@ -476,18 +476,5 @@ class Incarnation:
 
 
 def remote_error(event: Event) -> InferpoolError:
-    """The exception that an ``"error"`` event stands for.
-
-    A `ModelError` or `CallError` of this package comes back as itself, anything else as
-    `RemoteError`.
-    """
-    info = codec.decode_as(event.parts, ErrorInfo)
-    cls = getattr(errors, info.type_name, None) if info.type_name in errors.__all__ else None
-    if cls is errors.ContextLengthExceeded:
-        return errors.ContextLengthExceeded(info.message, **info.details)
-    travels = cls is not None and issubclass(cls, (errors.ModelError, errors.CallError))
-    if cls is None or not travels or cls is RemoteError:
-        return RemoteError(info.type_name, info.message, info.traceback)
-    error: InferpoolError = cls(info.message)
-    error.add_note(info.traceback)
-    return error
+    """The exception that an ``"error"`` event stands for."""
+    return codec.decode_as(event.parts, ErrorInfo).exception()

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 from inferpool import codec
 from inferpool._transport import Request
 from inferpool.config import Role
-from inferpool.errors import CallCancelled, RemoteError
+from inferpool.errors import CallCancelled
 from inferpool.messages import ErrorInfo, Start
 from inferpool.worker import runtime
 from inferpool.worker.runtime import WorkerLoopState
@@ -60,7 +60,7 @@ class InProcessChannel:
         """The one item of the answer, or None if there is none.
 
         Raises:
-            RemoteError: the handler raised.
+            RemoteError: the handler raised, if not a `ModelError` or `CallError`, which is itself.
             ValueError: there are more items; or as the codec says.
             TypeError: the payload or the answer cannot travel.
         """
@@ -83,8 +83,7 @@ class InProcessChannel:
         while self._state.deferred and not request.ended:
             cast(Any, self.session).step()
         if request.error is not None:
-            error = request.error
-            raise RemoteError(error.type_name, error.message, error.traceback)
+            raise request.error.exception()
         return request.items
 
     def close(self) -> None:
@@ -106,8 +105,19 @@ class InProcessChannel:
 class _Abort:
     """As `AbortToken`, as far as Python goes."""
 
-    def __init__(self) -> None:
-        self.cancelled = False
+    def __init__(self, *united: _Abort) -> None:
+        self._united = united
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def union(self, other: _Abort, /) -> _Abort:
+        return _Abort(self, other)
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled or any(each.cancelled for each in self._united)
 
     def is_set(self) -> bool:
         return self.cancelled
@@ -133,7 +143,8 @@ class _Request:
         if self.cancelled:
             raise CallCancelled("given up")
         self.items.append(codec.decode(_copy(parts))[1])
-        self.abort.cancelled = len(self.items) == self._limit
+        if len(self.items) == self._limit:
+            self.abort.cancel()
 
     def try_send(self, parts: codec.Parts) -> bool:
         self.send(parts)
