@@ -21,6 +21,7 @@ from inferpool import (
     AsyncPool,
     CallCancelled,
     CallTimeout,
+    Policy,
     Pool,
     PoolClosed,
     QueueFull,
@@ -108,9 +109,64 @@ def test_a_request_given_up_half_sent_leaves_the_worker_usable(
         await busy
         for number in range(5):
             assert await pool.call("echo", "echo", number) == number
-        assert pool.status()["echo"].in_flight == 0
+        status = pool.status()["echo"]
+        assert (status.in_flight, status.restarts) == (0, 0)
 
     run(body)
+
+
+def test_a_task_cancelled_amid_an_upload_to_an_idle_worker_does_not_cost_it() -> None:
+    async def body() -> None:
+        async with AsyncPool(echo=echo_role(), policy=Policy(cancel_grace=0.2)) as pool:
+            await pool.start()
+            for steps in range(1, 8):
+                upload = asyncio.create_task(pool.call("echo", "echo", b"x" * (64 << 20)))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                upload.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await upload
+                # Nobody makes another call, and the worker has to have been told nevertheless.
+                while calls := pool.status()["echo"].workers[0].calls:
+                    assert [call.given_up for call in calls] == [True]
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            assert await pool.call("echo", "echo", 1) == 1
+            status = pool.status()["echo"]
+            assert (status.incarnation, status.restarts) == (1, 0)
+
+    asyncio.run(body())
+
+
+def test_an_upload_that_times_out_behind_a_busy_worker_does_not_cost_it() -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        busy = asyncio.create_task(pool.call("echo", "sleep", 0.5))
+        await asyncio.sleep(0.05)
+        with pytest.raises(CallTimeout):
+            await pool.call("echo", "echo", b"x" * (16 << 20), timeout=0.1)
+        await busy
+        assert await pool.call("echo", "echo", 1) == 1
+        assert pool.status()["echo"].restarts == 0
+
+    run(body)
+
+
+def test_cancel_ends_an_upload_behind_a_busy_worker() -> None:
+    async def body() -> None:
+        policy = Policy(cancel_grace=60.0)
+        async with AsyncPool(echo=echo_role(), policy=policy, close_timeout=0.0) as pool:
+            await pool.start()
+            busy = asyncio.create_task(pool.call("echo", "sleep", 60.0))
+            upload = asyncio.create_task(pool.call("echo", "echo", b"x" * (16 << 20)))
+            while pool.status()["echo"].in_flight < 2:
+                await asyncio.sleep(0.001)
+            assert pool.cancel("echo") == 2
+            for task in (busy, upload):
+                with pytest.raises(CallCancelled):
+                    await asyncio.wait_for(task, 10)
+
+    asyncio.run(body())
 
 
 def test_cancelling_a_task_cancels_its_call() -> None:

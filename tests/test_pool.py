@@ -21,6 +21,7 @@ from inferpool import (
     CallTimeout,
     ContextLengthExceeded,
     PayloadTooLarge,
+    Policy,
     Pool,
     PoolClosed,
     RemoteError,
@@ -185,6 +186,31 @@ def test_a_call_is_cancelled_from_another_thread(pool: Pool) -> None:
     thread.join(10)
     assert len(caught) == 1
     assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_call_whose_request_is_half_sent_is_cancelled_from_another_thread() -> None:
+    policy = Policy(cancel_grace=60.0)
+    with Pool(echo=echo_role(), policy=policy, close_timeout=0.0) as pool:
+        pool.start()
+        cancelled: list[str] = []
+
+        def call(kind: str, payload: object) -> None:
+            with pytest.raises(CallCancelled):
+                pool.call("echo", kind, payload)
+            cancelled.append(kind)
+
+        busy = threading.Thread(target=call, args=("sleep", 60.0))
+        upload = threading.Thread(target=call, args=("echo", b"x" * (16 << 20)))
+        busy.start()
+        assert eventually(lambda: pool.status()["echo"].workers[0].calls[0].taken)
+        upload.start()
+        assert eventually(lambda: pool.status()["echo"].counters["full_waits"] == 1)
+        sleep, echo = pool.status()["echo"].workers[0].calls
+        assert (sleep.taken, echo.taken, pool.status()["echo"].queue) == (True, False, 1)
+        assert pool.cancel("echo") == 2
+        for thread in (busy, upload):
+            thread.join(10)
+        assert sorted(cancelled) == ["echo", "sleep"]
 
 
 def test_a_stream_is_cancelled_while_another_thread_leads(pool: Pool) -> None:

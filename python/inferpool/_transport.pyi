@@ -109,7 +109,10 @@ class Call:
 
     @property
     def taken(self) -> bool:
-        """Whether the worker has begun to read the request, as far as it said while it lived."""
+        """Whether the worker has begun with the request, as far as it said while it lived.
+
+        It has not with one that is not all out, whatever it has read of that.
+        """
 
     def is_over(self) -> bool:
         """Whether the worker is done with the call, which may be long after it has ended here.
@@ -131,7 +134,11 @@ class Call:
         """Send what fits now, and say whether the request is all out. Raises as `send` does."""
 
     def await_space(self) -> bool:
-        """Register this call's event loop for ``LoopNotifier.SPACE``; False: try again now."""
+        """Register this call's event loop for ``LoopNotifier.SPACE``; False: try again now.
+
+        Raises:
+            PoolClosed, ProtocolError: the channel has ended.
+        """
 
     def next(self, timeout: float | None = None) -> Event:
         """Wait for what happens next.

@@ -265,11 +265,14 @@ def _started(
 def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
     """Wait until the worker has let go of calls that were given up, or was killed for not doing so.
 
-    A request behind them would share their fate. Where others are in flight, it may as well join.
+    A request behind them would share their fate, unless the worker has not begun with them: it
+    never will. Where others are in flight, it may as well join.
     """
     pauses = iter(_PAUSES)
     pause = 0.0
     while not incarnation.ended and incarnation.is_held() and incarnation.is_ready():
+        if not any(each.taken() for each in list(incarnation.lingering)):
+            return
         if any(each.given_up_at is None for each in list(incarnation.flights)):
             return
         incarnation.check()

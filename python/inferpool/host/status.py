@@ -96,6 +96,7 @@ class RoleStatus:
     ``bytes_sent`` (requests), ``frames_received`` and ``bytes_received`` (answers),
     ``fragments`` (records of frames that took several), ``parks`` (sleeps of waiting threads),
     ``spins_won`` (waits that ended before a sleep), ``wakes_sent`` and ``wakes_suppressed``
-    (the worker slept, or was awake), ``full_waits`` (for space or a free call slot),
+    (the worker slept, or was awake), ``full_waits`` (requests that had to wait for
+    space or a free call slot),
     ``rescued_waits`` (lost wake-ups; 0 unless there is a bug), ``dropped_late`` (frames for
     calls given up before), ``violations`` (of the format, by a worker)."""

@@ -110,6 +110,7 @@ impl PyHostChannel {
         let asked = self.0.ask(Control::Ping, notifier.as_ref());
         let state = CallState {
             unsent: None,
+            sent: true,
             id: Some(asked.map_err(Raised::from)?),
             position: None,
             finished: false,
@@ -198,6 +199,7 @@ impl PyHostChannel {
             id: outgoing.call(),
             position: outgoing.position(),
             unsent: if sent { None } else { Some((outgoing, parts)) },
+            sent,
             finished: false,
         };
         PyCall {
@@ -214,8 +216,10 @@ impl PyHostChannel {
 const MESSAGES: usize = 128;
 
 struct CallState {
-    /// The request, until it is all out.
+    /// The request until it is all out, but while a thread is sending it.
     unsent: Option<(Outgoing, Parts)>,
+    /// Whether it is all out.
+    sent: bool,
     id: Option<u64>,
     /// Where the request's first record ends in the ring.
     position: Option<u64>,
@@ -241,12 +245,14 @@ impl PyCall {
 
     #[getter]
     fn sent(&self) -> bool {
-        self.state().unsent.is_none()
+        self.state().sent
     }
 
     #[getter]
     fn taken(&self) -> bool {
-        let position = self.state().position;
+        let state = self.state();
+        // A worker that has only part of a request waits for the rest, or for its withdrawal.
+        let position = state.position.filter(|_| state.sent);
         position.is_some_and(|position| self.host.has_taken(position))
     }
 
@@ -267,21 +273,20 @@ impl PyCall {
                 Ok(sent.map_err(Raised::from)?)
             })
         })
+        .map(|sent| sent.unwrap_or(true))
     }
 
-    fn await_space(&self) -> PyResult<bool> {
+    fn await_space(&self, py: Python<'_>) -> PyResult<bool> {
         let _turn = self.take_turn()?;
         let Some(waiter) = &self.notifier else {
             return Err(PyRuntimeError::new_err("this call has no event loop"));
         };
-        let state = self.state();
-        let Some((outgoing, _)) = &state.unsent else {
-            return Ok(false);
-        };
-        Ok(self
-            .host
-            .await_space(outgoing, waiter)
-            .map_err(Raised::from)?)
+        self.with_unsent(|outgoing, _| {
+            // A thread that sends may hold a lock for as long as the worker takes to read.
+            let armed = py.detach(|| self.host.await_space(outgoing, waiter));
+            Ok(armed.map_err(Raised::from)?)
+        })
+        .map(|armed| armed.unwrap_or(false))
     }
 
     #[pyo3(signature = (timeout=None))]
@@ -296,7 +301,7 @@ impl PyCall {
                         // From here on another thread can cancel the call.
                         self.state().id = outgoing.call();
                         if sent? {
-                            return Ok(true);
+                            return Ok(());
                         }
                         self.host.wait_to_send(outgoing, patience)?;
                     }
@@ -401,22 +406,23 @@ impl PyCall {
     }
 
     /// Takes the unsent request out while `send` works on it, so that no lock is held without the
-    /// GIL, and puts it back if it is not all out.
-    fn with_unsent(
+    /// GIL, and puts it back if it is not all out. `None` if it was before.
+    fn with_unsent<T>(
         &self,
-        send: impl FnOnce(&mut Outgoing, &Parts) -> PyResult<bool>,
-    ) -> PyResult<bool> {
+        send: impl FnOnce(&mut Outgoing, &Parts) -> PyResult<T>,
+    ) -> PyResult<Option<T>> {
         let Some((mut outgoing, parts)) = self.state().unsent.take() else {
-            return Ok(true);
+            return Ok(None);
         };
-        let sent = send(&mut outgoing, &parts);
+        let result = send(&mut outgoing, &parts);
         let mut state = self.state();
         state.id = outgoing.call();
         state.position = outgoing.position();
-        if !matches!(sent, Ok(true)) {
+        state.sent = outgoing.is_done();
+        if !state.sent {
             state.unsent = Some((outgoing, parts));
         }
-        sent
+        result.map(Some)
     }
 
     fn take_turn(&self) -> PyResult<Turn<'_>> {

@@ -483,13 +483,16 @@ impl Calls {
         call.frames.clear();
         call.outcome = Some(Outcome::Cancelled);
         call.notify(id, None);
-        if !call.sent {
-            self.free_slots.extend(call.release_slot());
-            self.notify_space_waiters();
-            return None;
-        }
-        call.slot()
-            .map(|slot| SlotUpdate::Cancelled { slot, call: id })
+        let told = match call.sent {
+            true => call.slot(),
+            false => {
+                self.free_slots.extend(call.release_slot());
+                None
+            }
+        };
+        // Whoever is amid sending it is among them.
+        self.notify_space_waiters();
+        told.map(|slot| SlotUpdate::Cancelled { slot, call: id })
     }
 
     /// Gives the call up: cancels it if it is undecided, and nobody will ask for its outcome.

@@ -327,6 +327,7 @@ impl Host {
     pub fn is_over(&self, call: u64) -> Result<bool> {
         if lock(&self.calls).is_held(call) {
             self.check_owner()?;
+            self.try_withdrawals();
             if let Some(mut reader) = self.try_lead() {
                 // As in `spin_for_answer`.
                 reader.ring.disarm();
@@ -353,11 +354,15 @@ impl Host {
     }
 
     fn check_owner(&self) -> Result<()> {
-        if platform::fork_depth() == self.owner {
+        if self.is_owned() {
             Ok(())
         } else {
             Err(Error::Forked)
         }
+    }
+
+    fn is_owned(&self) -> bool {
+        platform::fork_depth() == self.owner
     }
 
     #[cfg(loom)]

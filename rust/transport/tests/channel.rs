@@ -359,7 +359,8 @@ fn a_full_ring_makes_the_sender_wait_until_the_worker_reads() {
         }
         assert!(parts(&received.join().unwrap()) == [bytes.clone()]);
     });
-    assert_eq!(pair.host.counters().frames_sent, 1);
+    let counters = pair.host.counters();
+    assert_eq!((counters.frames_sent, counters.full_waits), (1, 1));
 }
 
 #[test]
@@ -605,6 +606,55 @@ fn a_request_given_up_half_sent_leaves_the_channel_intact() {
     });
     assert_eq!(pair.host.counters().dropped_late, 1);
     assert_eq!(pair.host.in_flight(), [0; 0]);
+}
+
+#[test]
+fn a_worker_learns_of_a_request_given_up_half_sent_without_another_one() {
+    let pair = pair(4096);
+    let bytes = payload(4, 20_000);
+    for full in [true, false] {
+        let part = [bytes.as_slice()];
+        let body = Gather::new(&part).unwrap();
+        let mut outgoing = Outgoing::default();
+        assert!(!pair.host.try_send(&mut outgoing, &body, None).unwrap());
+        let call = outgoing.call().unwrap();
+        if full {
+            pair.host.withdraw(&outgoing);
+            assert!(pair.worker.poll().unwrap().is_none());
+            // Whoever asks how the call is doing tells the worker.
+            assert!(!pair.host.is_over(call).unwrap());
+        } else {
+            assert!(pair.worker.poll().unwrap().is_none());
+            pair.host.withdraw(&outgoing);
+        }
+        let withdrawn = pair.worker.poll().unwrap().expect("the withdrawal");
+        assert_eq!(withdrawn.header.call, call);
+        end(&ReplyPort::new(Arc::clone(&pair.worker), &withdrawn.header));
+        assert!(pair.host.is_over(call).unwrap());
+    }
+}
+
+#[test]
+fn a_cancellation_ends_the_wait_of_a_request_that_is_half_sent() {
+    let pair = pair(4096);
+    let bytes = payload(6, 20_000);
+    let part = [bytes.as_slice()];
+    let body = Gather::new(&part).unwrap();
+    let mut outgoing = Outgoing::default();
+    assert!(!pair.host.try_send(&mut outgoing, &body, None).unwrap());
+    let call = outgoing.call().unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| pair.host.wait_to_send(&outgoing, PATIENT));
+        while pair.host.counters().parks == 0 {
+            std::thread::yield_now();
+        }
+        pair.host.cancel(call);
+        waiting.join().unwrap().unwrap();
+    });
+    let sent = pair.host.try_send(&mut outgoing, &body, None);
+    assert!(matches!(sent, Err(Error::Cancelled)));
+    let event_loop = Notifier::for_loop().unwrap();
+    assert!(!pair.host.await_space(&outgoing, &event_loop).unwrap());
 }
 
 #[test]

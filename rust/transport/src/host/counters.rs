@@ -23,7 +23,7 @@ pub struct Counters {
     pub wakes_sent: u64,
     /// Records published for a worker that was awake.
     pub wakes_suppressed: u64,
-    /// Waits for space in the request ring, or for a free call slot.
+    /// Requests that had to wait for space in the request ring, or for a free call slot.
     pub full_waits: u64,
     /// Sleeps that only the clock ended though there was something to do: lost wake-ups. Zero
     /// unless there is a bug here.

@@ -20,6 +20,8 @@ pub struct Outgoing {
     opened: Option<(u64, u32)>,
     at: Option<usize>,
     done: bool,
+    /// Whether it once had to wait.
+    waited: bool,
     /// Flags beside those of its fragments.
     flags: u16,
     position: u64,
@@ -39,6 +41,11 @@ impl Outgoing {
         self.opened.map(|(call, _)| call)
     }
 
+    /// Whether it is all out.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
     /// Where in the ring its first record ends, once that is out.
     pub fn position(&self) -> Option<u64> {
         self.at.map(|_| self.position)
@@ -55,8 +62,13 @@ impl Host {
         body: &Gather<'_>,
         waiter: Option<&Arc<Notifier>>,
     ) -> Result<bool> {
-        let mut sender = lock(&self.sender);
-        self.send_with(&mut sender, outgoing, body, waiter)
+        self.check_owner()?;
+        let sent = self.send_with(&mut lock(&self.sender), outgoing, body, waiter);
+        if !outgoing.waited && matches!(sent, Ok(false)) {
+            outgoing.waited = true;
+            self.tally.full_waits.add(1);
+        }
+        sent
     }
 
     /// As [`Self::try_send`], but gives up when another thread is sending; for a caller that must
@@ -67,6 +79,7 @@ impl Host {
         body: &Gather<'_>,
         waiter: Option<&Arc<Notifier>>,
     ) -> Result<bool> {
+        self.check_owner()?;
         match try_lock(&self.sender) {
             Some(mut sender) => self.send_with(&mut sender, outgoing, body, waiter),
             None => Ok(false),
@@ -80,7 +93,6 @@ impl Host {
         body: &Gather<'_>,
         waiter: Option<&Arc<Notifier>>,
     ) -> Result<bool> {
-        self.check_owner()?;
         if body.total() > self.frame_limit {
             return Err(Error::TooLarge {
                 size: body.total(),
@@ -122,7 +134,7 @@ impl Host {
             if !self.push_withdrawals(&mut calls, sender)? {
                 return Ok(false);
             }
-            if outgoing.at.is_none() && !calls.is_undecided(call) {
+            if !calls.is_undecided(call) {
                 return Err(Error::Cancelled);
             }
             let (flags, window) = fragment(total, sender.max_body(), outgoing.at.unwrap_or(0));
@@ -208,7 +220,6 @@ impl Host {
     pub fn wait_to_send(&self, outgoing: &Outgoing, patience: Patience<'_>) -> Result<()> {
         self.check_owner()?;
         let me = Notifier::of_thread()?;
-        self.tally.full_waits.add(1);
         let waited = self.wait_for(
             &me,
             patience,
@@ -226,6 +237,7 @@ impl Host {
 
     /// Registers `waiter` to be told when there may be space; `false` when there is some already.
     pub fn await_space(&self, outgoing: &Outgoing, waiter: &Arc<Notifier>) -> Result<bool> {
+        self.check_owner()?;
         lock(&self.calls).add_space_waiter(waiter);
         if outgoing.opened.is_none() {
             return Ok(!self.may_send(outgoing));
@@ -249,7 +261,7 @@ impl Host {
         match outgoing.call() {
             _ if calls.end().is_some() => true,
             None => calls.has_free_slot(),
-            Some(call) if outgoing.at.is_none() && !calls.is_undecided(call) => true,
+            Some(call) if !calls.is_undecided(call) => true,
             Some(_) => {
                 drop(calls);
                 let mut sender = lock(&self.sender);
@@ -260,14 +272,33 @@ impl Host {
     }
 
     /// Gives a request up that is not all out. Once part of it is with the worker, the worker has
-    /// to be told, as soon as there is space for that.
+    /// to be told: now, or as soon as somebody looks who finds space for that.
     pub fn withdraw(&self, outgoing: &Outgoing) {
-        if let (Some((call, slot)), Some(_), false) = (outgoing.opened, outgoing.at, outgoing.done)
-        {
+        let Some((call, slot)) = outgoing.opened else {
+            return;
+        };
+        if !self.is_owned() {
+            return;
+        }
+        if outgoing.at.is_some() && !outgoing.done {
             lock(&self.calls).withdrawn.push((call, slot));
         }
-        if let Some(call) = outgoing.call() {
-            self.abandon(call);
+        self.abandon(call);
+        self.try_withdrawals();
+    }
+
+    /// Tells the worker of requests that were given up half sent, if that takes no waiting.
+    pub(super) fn try_withdrawals(&self) {
+        if lock(&self.calls).withdrawn.is_empty() {
+            return;
+        }
+        // Whoever sends meanwhile tells it too, but for the last record.
+        let Some(mut sender) = try_lock(&self.sender) else {
+            return;
+        };
+        let pushed = self.push_withdrawals(&mut lock(&self.calls), &mut sender);
+        if let Err(Error::Protocol(violation)) = pushed {
+            self.violated(violation);
         }
     }
 }
