@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import children, echo_role, eventually, is_running
 
-from inferpool import Policy, Pool, PoolClosed, WorkerCrashed
+from inferpool import CallCancelled, Policy, Pool, PoolClosed, WorkerCrashed
 from inferpool.testing import signal_worker
 
 TESTS = str(Path(__file__).parent)
@@ -214,6 +214,37 @@ def test_a_forked_child_may_drop_a_stream_of_its_parent() -> None:
         "print(next(stream))\n"
     )
     assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_amid_a_stream_is_refused_too(pool: Pool) -> None:
+    stream = pool.stream("echo", "sized", [3900] * 200_000)
+
+    def read() -> None:
+        with contextlib.suppress(CallCancelled):
+            list(stream)
+
+    reader = threading.Thread(target=read)
+    with contextlib.closing(stream):
+        next(stream)
+        # Its locks are often taken meanwhile, and in a child stay so for good.
+        reader.start()
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)
+                try:
+                    pool.call("echo", "echo", 1)
+                except PoolClosed:
+                    pool.close()
+                    os._exit(7)
+                finally:
+                    os._exit(1)
+            assert reader.is_alive()
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    reader.join(10)
+    assert pool.call("echo", "echo", 2) == 2
+    assert pool.status()["echo"].incarnation == 1
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["leading", "following"])

@@ -256,7 +256,11 @@ class HostChannel:
 
     @property
     def ended(self) -> bool:
-        """Whether the channel has ended, for whatever reason."""
+        """Whether the channel has ended, for whatever reason.
+
+        Raises:
+            PoolClosed: in a forked child, which must not end the worker of its parent.
+        """
 
     def wait_death(self, timeout: float | None = None) -> bool:
         """Wait for the watched process to end; False if it lives after `timeout` seconds."""
@@ -266,7 +270,7 @@ class HostChannel:
         """Whether the worker waits until more of some answer is read here."""
 
     def in_flight(self) -> list[int]:
-        """Ids of the calls that have not ended."""
+        """Ids of the calls that have not ended; in a forked child there are none."""
 
     def counters(self) -> dict[str, int]:
         """Counts so far, see `inferpool.RoleStatus`."""

@@ -137,8 +137,10 @@ impl PyHostChannel {
     }
 
     #[getter]
-    fn ended(&self) -> bool {
-        self.0.end().is_some()
+    fn ended(&self) -> PyResult<bool> {
+        // No end: a forked child would go on to end the worker of its parent.
+        self.0.check_owner().map_err(Raised::from)?;
+        Ok(self.0.end().is_some())
     }
 
     #[pyo3(signature = (timeout=None))]

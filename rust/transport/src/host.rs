@@ -238,7 +238,9 @@ impl Host {
     /// Says who is to be told when something happens to the call. Who waits for it nevertheless
     /// looks at it once more: what came before told nobody.
     pub fn set_waiter(&self, call: u64, waiter: &Arc<Notifier>) {
-        lock(&self.calls).set_waiter(call, Some(waiter));
+        if self.is_owned() {
+            lock(&self.calls).set_waiter(call, Some(waiter));
+        }
     }
 
     fn take(&self, call: u64) -> Option<Event> {
@@ -252,14 +254,14 @@ impl Host {
     /// Cancels the call: it ends here at once, and the worker is told. Does nothing to a call that
     /// has its outcome.
     pub fn cancel(&self, call: u64) {
-        if platform::fork_depth() == self.owner {
+        if self.is_owned() {
             self.update(|calls| ((), calls.cancel(call)));
         }
     }
 
     /// Cancels the call and forgets it: nobody will ask for its outcome.
     pub fn abandon(&self, call: u64) {
-        if platform::fork_depth() == self.owner {
+        if self.is_owned() {
             self.update(|calls| ((), calls.abandon(call)));
         }
     }
@@ -294,15 +296,18 @@ impl Host {
     /// Ends the channel on this side and asks the worker to end. Calls without an outcome are lost,
     /// before the worker hears of it and could answer something else.
     pub fn close(&self) {
-        if platform::fork_depth() == self.owner {
+        if self.is_owned() {
             lock(&self.calls).finish(End::Closed);
             // Nobody reads the answer, and a worker that can't be told is for its owner to end.
             let _ = self.control.send(&Control::Shutdown.to_wire(0));
         }
     }
 
-    /// How the channel ended, if it has.
+    /// How the channel ended, if it has. For a forked child it is closed.
     pub fn end(&self) -> Option<End> {
+        if !self.is_owned() {
+            return Some(End::Closed);
+        }
         lock(&self.calls).end()
     }
 
@@ -317,16 +322,22 @@ impl Host {
         Ok(dead)
     }
 
-    /// Calls that have no outcome yet.
+    /// Calls that have no outcome yet. A forked child has none.
     pub fn in_flight(&self) -> Vec<u64> {
+        if !self.is_owned() {
+            return Vec::new();
+        }
         lock(&self.calls).undecided()
     }
 
     /// Whether the worker is done with the call, whatever became of it here. Looks at what has
-    /// arrived, without waiting: where nobody waits, nobody else does.
+    /// arrived, without waiting: where nobody waits, nobody else does. To a forked child its worker
+    /// owes nothing.
     pub fn is_over(&self, call: u64) -> Result<bool> {
+        if !self.is_owned() {
+            return Ok(true);
+        }
         if lock(&self.calls).is_held(call) {
-            self.check_owner()?;
             self.try_withdrawals();
             if let Some(mut reader) = self.try_lead() {
                 // As in `spin_for_answer`.
@@ -345,15 +356,21 @@ impl Host {
 
     /// Whether the worker waits until more of some answer is read here.
     pub fn is_reader_behind(&self) -> bool {
-        lock(&self.calls).is_reader_behind()
+        self.is_owned() && lock(&self.calls).is_reader_behind()
     }
 
     /// Counts so far.
     pub fn counters(&self) -> Counters {
-        self.tally.counters(lock(&self.calls).dropped_late)
+        let dropped_late = match self.is_owned() {
+            true => lock(&self.calls).dropped_late,
+            false => 0,
+        };
+        self.tally.counters(dropped_late)
     }
 
-    fn check_owner(&self) -> Result<()> {
+    /// Fails with [`Error::Forked`] in a forked child. Comes before every lock: one that another
+    /// thread held at the fork is never let go of in the child.
+    pub fn check_owner(&self) -> Result<()> {
         if self.is_owned() {
             Ok(())
         } else {
