@@ -13,9 +13,11 @@ from inferpool.host.roles.chat import (
     ChatOptions,
     CompletionOptions,
     Sampling,
+    _chat_request,
     _completion_request,
 )
 from inferpool.host.roles.vision import PdfOptions, _chat, _pdf_request
+from inferpool.messages import ChatRequest
 
 USER = {"role": "user", "content": "Why do bees dance?"}
 CALL = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
@@ -139,6 +141,17 @@ def test_what_is_none_is_not_given(chat_pool: Pool) -> None:
         nothing = dict.fromkeys(set(get_type_hints(options)) - {"model"})
         make: Any = request
         assert make(*about, nothing) == make(*about, {})
+
+
+def test_an_answer_of_openai_s_client_goes_back_into_the_conversation() -> None:
+    # As its ``model_dump()`` gives it.
+    answer = {"role": "assistant", "content": "Hello!", "refusal": None, "tool_calls": None}
+    asked = [{"role": "user", "content": "Hi!"}, answer, {"role": "user", "content": "Bye!"}]
+    request = _chat_request(asked, {})
+    assert isinstance(request, ChatRequest)
+    assert [turn.text for turn in request.messages] == ["Hi!", "Hello!", "Bye!"]
+    with pytest.raises(TypeError, match="refusal"):
+        _chat_request([{**answer, "refusal": "No."}], {})
 
 
 def test_what_a_developer_says_is_the_system_s(chat_pool: Pool) -> None:

@@ -229,7 +229,7 @@ class AsyncChat:
 
 
 def read_given(options: Mapping[str, Any], message: type[T]) -> T:
-    """`read` what OpenAI's clients pass: None for an option that is not given, one text as stop.
+    """`read` what OpenAI's clients pass and return: None for what is not given, one text as stop.
 
     Raises:
         TypeError, ValueError: as `read`.
@@ -237,11 +237,18 @@ def read_given(options: Mapping[str, Any], message: type[T]) -> T:
     fields = {
         name: value
         for name, value in options.items()
-        # What is unknown is refused whatever it is.
+        # An option that is unknown is refused whatever it is.
         if value is not None or name not in message.__struct_fields__
     }
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
+    if isinstance(fields.get("messages"), Sequence):
+        fields["messages"] = [
+            {name: value for name, value in turn.items() if value is not None}
+            if isinstance(turn, Mapping)
+            else turn
+            for turn in fields["messages"]
+        ]
     return read(fields, message)
 
 
