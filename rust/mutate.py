@@ -196,7 +196,11 @@ MUTANTS = [
     Mutant(
         "host.rs", "Ok(!lock(&self.calls).is_held(call))", "{ let _ = call; Ok(true) }", "channel"
     ),
-    Mutant("host.rs", "if !self.pump(&mut reader, None) {", "if true {", "channel"),
+    Mutant("host.rs", "self.pump_what_is_there(&mut reader, None);", "", "channel"),
+    # Records that never stop coming.
+    Mutant("host/lead.rs", "0..BATCHES_AT_A_LOOK", "0..usize::MAX", "hostile"),
+    Mutant("host/lead.rs", "        me.ring();\n        Ok(())", "        Ok(())", "hostile"),
+    Mutant("host/lead.rs", " && !budget.is_spent()", "", "channel"),
     Mutant(
         "calls.rs", "call.received - call.published >= WINDOW", "call.received >= WINDOW", "channel"
     ),

@@ -25,7 +25,7 @@ use crate::notify::Notifier;
 use crate::platform::{self, ControlSocket, Death, Doorbell};
 use crate::ring::{Consumer, Producer, nudge};
 use crate::segment::{RingMemory, Segment};
-use crate::spin::{ALONE, CAP, HOST_PATIENCE, Spinner};
+use crate::spin::{ALONE, Budget, CAP, HOST_PATIENCE, LONGEST, Spinner};
 use crate::sync::{AtomicU64, Mutex, Ordering, TryLock};
 use crate::{Patience, Settings, lock};
 use counters::Tally;
@@ -33,9 +33,6 @@ use counters::Tally;
 /// A worker that sent something this recently is alive: ending a process takes longer. A model
 /// must not depend on the clock.
 const FRESH: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 100 });
-
-/// More than the records of a ring of 4 MiB.
-const BATCHES_AT_A_LOOK: usize = 4096;
 
 struct Reader {
     ring: Consumer<RingMemory>,
@@ -184,20 +181,15 @@ impl Host {
         let Some(mut reader) = self.try_lead() else {
             return Ok(false);
         };
+        let mut budget = Budget::new(LONGEST);
         loop {
-            while self.pump(&mut reader, Some(&notifier)) {}
-            if lock(&self.calls).has_news(call) {
+            let more = self.pump(&mut reader, Some(&notifier));
+            if lock(&self.calls).has_news(call)
+                || !(more || self.spin_for_record(&mut reader))
+                || budget.is_spent()
+            {
                 break;
             }
-            let Reader { ring, spinner, .. } = &mut *reader;
-            if !spinner.spin(
-                || ring.is_ready(),
-                || self.note_cpu(),
-                || self.worker_read(),
-            ) {
-                break;
-            }
-            self.tally.spins_won.add_alone(1);
         }
         drop(reader);
         self.hand_over(Some(&notifier));
@@ -214,20 +206,26 @@ impl Host {
         };
         // An event loop that has armed the ring and still waits is woken below.
         reader.ring.disarm();
+        let mut budget = Budget::new(ALONE);
         loop {
-            while self.pump(&mut reader, None) {}
+            let more = self.pump(&mut reader, None);
             if lock(&self.calls).is_decided(call) {
                 break;
             }
-            let Reader {
-                ring,
-                brief_spinner,
-                ..
-            } = &mut *reader;
-            if !brief_spinner.spin(|| ring.is_ready(), || (), || 0) {
+            if !more {
+                let Reader {
+                    ring,
+                    brief_spinner,
+                    ..
+                } = &mut *reader;
+                if !brief_spinner.spin(|| ring.is_ready(), || (), || 0) {
+                    break;
+                }
+                self.tally.spins_won.add_alone(1);
+            }
+            if budget.is_spent() {
                 break;
             }
-            self.tally.spins_won.add_alone(1);
         }
         drop(reader);
         let mut calls = lock(&self.calls);
@@ -342,12 +340,7 @@ impl Host {
             if let Some(mut reader) = self.try_lead() {
                 // As in `spin_for_answer`.
                 reader.ring.disarm();
-                // An endless answer must not keep this caller.
-                for _ in 0..BATCHES_AT_A_LOOK {
-                    if !self.pump(&mut reader, None) {
-                        break;
-                    }
-                }
+                self.pump_what_is_there(&mut reader, None);
             }
             self.hand_over(None);
         }

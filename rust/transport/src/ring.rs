@@ -234,6 +234,11 @@ impl<M: Memory> Consumer<M> {
         }
     }
 
+    /// Position up to which records are consumed.
+    pub fn position(&self) -> u64 {
+        self.head
+    }
+
     /// Whether a look with [`Self::peek`] is worth it. Cheap enough to spin on.
     pub fn is_ready(&self) -> bool {
         self.tail != self.head || self.memory.tail().load(Ordering::Relaxed) != self.head

@@ -23,6 +23,8 @@ const LOOKS: u32 = 32;
 /// that copies a large frame takes longer than a cap, and if this side slept, it would be woken on
 /// the other's CPU. But no more than so often, since the sign is the other side's to give.
 const EXTENSIONS: u32 = 20;
+/// Longest spin, extensions included.
+pub(crate) const LONGEST: Duration = CAP.saturating_mul(EXTENSIONS);
 
 /// How a side waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +103,35 @@ impl Spinner {
                 std::thread::yield_now();
             }
         }
+    }
+}
+
+/// Ends a loop that each record starts again, since they may never stop coming. A wait for one record
+/// goes on once, and for that looks at no clock.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    limit: Duration,
+    gone_on: bool,
+    since: Option<Instant>,
+}
+
+impl Budget {
+    /// For a loop that may take about so long.
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            gone_on: false,
+            since: None,
+        }
+    }
+
+    /// To be asked whenever the loop would go on. Never says so in a model, which must not depend
+    /// on the clock.
+    pub(crate) fn is_spent(&mut self) -> bool {
+        if cfg!(loom) || !std::mem::replace(&mut self.gone_on, true) {
+            return false;
+        }
+        self.since.get_or_insert_with(Instant::now).elapsed() >= self.limit
     }
 }
 

@@ -939,6 +939,35 @@ fn a_wait_goes_as_far_as_it_is_told() {
     assert!(matches!(wait_outcome(&pair.host, call), Outcome::Ended));
 }
 
+/// The items are so close together that each of them makes spinning for the next one pay.
+#[test]
+fn a_stream_of_another_call_keeps_nobody_from_its_deadline() {
+    const APART: Duration = Duration::from_micros(20);
+    const FAR_FROM_ALL: u64 = 1000;
+    let mut pair = pair(4096);
+    let (_, streaming) = pair.open_call();
+    let (call, _port) = pair.open_call();
+    let (stop, stopped) = mpsc::channel::<()>();
+    pair.servants.push(std::thread::spawn(move || {
+        // Until the window of the stream, which nobody reads, is full.
+        while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+            let sent = streaming.try_send(Kind::Data, &Gather::new(&[b"item"]).unwrap());
+            assert!(matches!(sent, None | Some(Ok(()))), "{sent:?}");
+            let next = Instant::now() + APART;
+            while Instant::now() < next {
+                std::hint::spin_loop();
+            }
+        }
+    }));
+    let waited = pair.host.wait(call, Patience::Spin);
+    assert!(matches!(waited, Err(Error::WouldPark)));
+    let waited = pair.host.wait(call, briefly());
+    assert!(matches!(waited, Err(Error::TimedOut)));
+    let read = pair.host.counters().frames_received;
+    assert!(read < FAR_FROM_ALL, "{read} items");
+    drop(stop);
+}
+
 #[test]
 fn an_event_loop_learns_of_frames_through_its_descriptors() {
     let pair = pair(1 << 16);

@@ -6,6 +6,7 @@
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use inferpool_transport::{
     End, Error, Event, Host, Notifier, Outcome, Outgoing, Patience, Settings, Violation,
     WaitPolicy, Worker,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, send, sendmsg, shutdown,
@@ -152,6 +154,11 @@ impl Attack {
         let until = Some(Instant::now() + Duration::from_millis(20));
         self.host.wait(call, Patience::Park { until, gate: None })
     }
+}
+
+fn is_readable(source: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&source, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).unwrap() == 1
 }
 
 fn report(what: &str, attempts: usize) {
@@ -450,6 +457,91 @@ fn frames_without_end_are_limited_by_the_window() {
         assert!(bytes <= WINDOW, "{bytes}");
         assert_eq!(attack.host.counters().dropped_late > 0, cancelled);
     }
+}
+
+/// One frame in fragments of a byte, published as fast as the host reads them: the ring is never
+/// empty. Gives `attempt` a count of the records that the host has read.
+fn with_fragments_of_a_byte(attempt: impl FnOnce(&Attack, u64, &dyn Fn() -> u64)) {
+    const SPACE: u64 = 64;
+    let mut attack = Attack::new();
+    let call = attack.send();
+    let first = Header {
+        flags: FIRST,
+        total: FRAME_LIMIT as u64,
+        ..Attack::header(call, 1)
+    };
+    attack.forge(first, &[7]);
+    assert_eq!(attack.look(), None);
+    for offset in (0..CAPACITY).step_by(SPACE as usize) {
+        attack.write(REPLIES + offset, &Header { flags: 0, ..first }.to_wire());
+    }
+    let stop = AtomicBool::new(false);
+    let start = attack.start.addr();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let [tail, head] = [0, STEP].map(|word| (start + REPLY_TAIL + word) as *mut u64);
+            while !stop.load(Ordering::Relaxed) {
+                // SAFETY: in the mapping, which outlives the scope.
+                unsafe { tail.write_volatile(head.read_volatile() + CAPACITY as u64) };
+            }
+        });
+        while attack.read(REPLY_TAIL) == SPACE {
+            std::thread::yield_now();
+        }
+        let attempted = catch_unwind(AssertUnwindSafe(|| {
+            attempt(&attack, call, &|| attack.read(REPLY_TAIL + STEP) / SPACE);
+        }));
+        stop.store(true, Ordering::Relaxed);
+        attempted.unwrap_or_else(|panic| resume_unwind(panic));
+    });
+}
+
+#[test]
+fn fragments_that_never_stop_coming_keep_nobody() {
+    /// An eighth of what the frame declares, after which the flood would end.
+    const MANY: u64 = FRAME_LIMIT as u64 / 8;
+    with_fragments_of_a_byte(|attack, call, read| {
+        let Attack { host, notifier, .. } = attack;
+        let bounded = |what: &str, attempt: &mut dyn FnMut()| {
+            let before = read();
+            attempt();
+            let count = read() - before;
+            assert!(count < MANY, "{what}: {count} records");
+            assert_eq!(host.end(), None, "{what}");
+        };
+        let limit = Instant::now() + Duration::from_secs(10);
+        // Where the other thread is held up the ring is armed after all, and there is no need.
+        while !is_readable(&**notifier) {
+            assert!(Instant::now() < limit, "a loop is not told to come back");
+            std::thread::yield_now();
+            bounded("a loop that looks", &mut || {
+                assert!(host.look(notifier).unwrap());
+            });
+        }
+        bounded("a loop that spins", &mut || {
+            assert!(!host.spin(call).unwrap());
+        });
+        bounded("a caller with the GIL", &mut || {
+            assert!(host.spin_for_answer(call).unwrap().is_none());
+        });
+        bounded("a thread that spins", &mut || {
+            let spun = host.wait(call, Patience::Spin);
+            assert!(matches!(spun, Err(Error::WouldPark)), "{spun:?}");
+        });
+        bounded("a thread with a deadline", &mut || {
+            assert!(matches!(attack.wait(call), Err(Error::TimedOut)));
+        });
+        bounded("a timer", &mut || {
+            host.abandon(call);
+            assert!(!host.is_over(call).unwrap());
+        });
+    });
+    with_fragments_of_a_byte(|attack, _, read| {
+        shutdown(&attack.inherited.control, Shutdown::Both).unwrap();
+        let before = read();
+        assert_eq!(attack.look(), Some(End::PeerDied));
+        assert!(read() - before < MANY);
+    });
 }
 
 /// A record that changes while it is read: what was checked is what is used.

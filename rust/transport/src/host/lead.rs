@@ -10,7 +10,8 @@ use crate::host::{Host, Reader};
 use crate::notify::Notifier;
 use crate::platform::{self, Datagram, Death, Rings, SignalGate};
 use crate::record::{FIRST, LAST};
-use crate::ring::{asleep_before, consumed};
+use crate::ring::{Memory, asleep_before, consumed};
+use crate::spin::{Budget, LONGEST};
 use crate::sync::{Ordering, TryLockGuard};
 use crate::{Patience, lock};
 
@@ -22,10 +23,15 @@ const RESCUE: Duration = Duration::from_secs(1);
 const COPIED_LOCKED: usize = 4096;
 /// Records read before whoever waits gets a look at its own call.
 const RECORD_BATCH: usize = 64;
+/// And bytes, about: a batch of long records takes longer.
+const BYTE_BATCH: usize = 256 * 1024;
+/// Batches read before an event loop gets to the rest of its work: a fraction of a millisecond.
+const BATCHES_AT_A_LOOK: usize = 16;
 
 impl Host {
     /// Looks at everything once without waiting, and leaves the ring armed so that the next frame
-    /// makes a descriptor readable. For event loops; `false` once the channel has ended.
+    /// makes a descriptor readable, or `me` rung if there is more than a loop should read at a time.
+    /// For event loops; `false` once the channel has ended.
     pub fn look(&self, me: &Arc<Notifier>) -> Result<bool> {
         self.check_owner()?;
         // First: a leader that leaves after it was found here rings again, and that must not be
@@ -43,12 +49,14 @@ impl Host {
 
     fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
         self.react(reader, me, Some(Instant::now()), None)?;
-        loop {
-            while self.pump(reader, Some(me)) {}
-            if lock(&self.calls).end().is_some() || self.arm(reader) {
+        for _ in 0..BATCHES_AT_A_LOOK {
+            let more = self.pump(reader, Some(me));
+            if !more && (lock(&self.calls).end().is_some() || self.arm(reader)) {
                 return Ok(());
             }
         }
+        me.ring();
+        Ok(())
     }
 
     /// Waits for `goal`, which is asked again after everything that happens. `skip_park` runs
@@ -95,6 +103,7 @@ impl Host {
     ) -> Result<T> {
         let reader = &mut *reader;
         let mut unread = None;
+        let mut budget = Budget::new(LONGEST);
         loop {
             let more = self.pump(reader, Some(me));
             if let Some(got) = goal() {
@@ -102,15 +111,8 @@ impl Host {
             }
             let (until, gate) = match patience {
                 Patience::Park { until, gate } => (until, gate),
-                Patience::Spin if more => continue,
                 Patience::Spin => {
-                    let Reader { ring, spinner, .. } = &mut *reader;
-                    if spinner.spin(
-                        || ring.is_ready(),
-                        || self.note_cpu(),
-                        || self.worker_read(),
-                    ) {
-                        self.tally.spins_won.add_alone(1);
+                    if (more || self.spin_for_record(reader)) && !budget.is_spent() {
                         continue;
                     }
                     return Err(Error::WouldPark);
@@ -152,13 +154,21 @@ impl Host {
         *unread = read;
     }
 
-    /// How far the worker has read, as far as it says: it changes while a request is copied out.
-    pub(super) fn worker_read(&self) -> u64 {
-        consumed(&self.request_memory)
+    /// Spins until there is something to read, as long as that pays.
+    pub(super) fn spin_for_record(&self, reader: &mut Reader) -> bool {
+        let Reader { ring, spinner, .. } = reader;
+        let won = spinner.spin(
+            || ring.is_ready(),
+            || self.note_cpu(),
+            // It changes while a request is copied out.
+            || consumed(&self.request_memory),
+        );
+        self.tally.spins_won.add_alone(won.into());
+        won
     }
 
     /// Tells the worker where this side waits, so that it can go elsewhere.
-    pub(super) fn note_cpu(&self) {
+    fn note_cpu(&self) {
         let cpu = platform::current_cpu().map_or(0, |cpu| cpu as u64 + 1);
         self.segment.host_cpu().store(cpu, Ordering::Relaxed);
     }
@@ -202,12 +212,19 @@ impl Host {
         })
     }
 
+    /// Takes what has arrived: no more than the ring holds, since a worker may go on for ever.
+    pub(super) fn pump_what_is_there(&self, reader: &mut Reader, me: Option<&Arc<Notifier>>) {
+        let end = reader.ring.position() + self.reply_memory.capacity() as u64;
+        while self.pump(reader, me) && reader.ring.position() < end {}
+    }
+
     fn take_records(
         &self,
         reader: &mut Reader,
         me: Option<&Arc<Notifier>>,
     ) -> Result<bool, Violation> {
         let mut calls = lock(&self.calls);
+        let mut bytes = 0;
         for _ in 0..RECORD_BATCH {
             if calls.end().is_some() {
                 return Ok(false);
@@ -233,6 +250,10 @@ impl Host {
                 if calls.end().is_none() {
                     calls.deliver(frame, me)?;
                 }
+            }
+            bytes += length;
+            if bytes >= BYTE_BATCH {
+                break;
             }
         }
         Ok(true)
@@ -281,7 +302,7 @@ impl Host {
 
     /// The worker is gone, or as good as that; what it committed before still counts.
     fn finish_after_reading(&self, reader: &mut Reader, me: &Arc<Notifier>) {
-        while self.pump(reader, Some(me)) {}
+        self.pump_what_is_there(reader, Some(me));
         self.finish(End::PeerDied);
     }
 
