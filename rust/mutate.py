@@ -94,10 +94,13 @@ MUTANTS = [
     Mutant("calls.rs", "call.frames.len() != 1 || ", "", "lib"),
     Mutant("host.rs", "self.hand_over_locked(&calls, None);", "", "loom brief_spin"),
     Mutant(
-        "worker.rs", "if !self.advance_held(state, outbox, kind, item)? {", "if false {", "channel"
+        "worker/reply.rs",
+        "if !self.advance_held(state, outbox, kind, item)? {",
+        "if false {",
+        "channel",
     ),
     Mutant(
-        "worker.rs",
+        "worker/reply.rs",
         "|| (self.has_credit(&state, kind) && ring.fits(length)?))",
         "|| ring.fits(length)?)",
         "loom stream_beyond",
@@ -131,7 +134,15 @@ MUTANTS = [
     ),
     Mutant("assemble.rs", "if complete != (header.flags & LAST != 0) {", "if false {", "lib"),
     Mutant("assemble.rs", "if total > self.limit {", "if false {", "hostile"),
-    Mutant("assemble.rs", "if known.is_some() {", "if false {", "hostile"),
+    Mutant(
+        "assemble.rs",
+        "if known.is_some_and(|partial| !header.kind.replaces(partial.first.kind)) {",
+        "if false {",
+        "hostile",
+    ),
+    Mutant("record.rs", " && other == Self::Data", "", "lib"),
+    Mutant("worker/reply.rs", "self.kind == kind && self.total == total", "true", "channel"),
+    Mutant("worker/reply.rs", "&& !kind.replaces(partial.kind)", "&& false", "channel"),
     Mutant("assemble.rs", "partial.first.kind == header.kind\n            &&", "", "lib"),
     Mutant("assemble.rs", "&& partial.first.sequence == header.sequence", "", "lib"),
     Mutant("assemble.rs", "&& partial.first.slot == header.slot", "", "lib"),
@@ -210,6 +221,8 @@ MUTANTS = [
         "(&self.request_memory) > position",
         "channel",
     ),
+    Mutant("host.rs", "self.try_withdrawals();", "", "channel"),
+    Mutant("host/send.rs", "Some(call) if !calls.is_undecided(call) => true,", "", "channel"),
 ]
 
 

@@ -103,6 +103,18 @@ def sized(reply: Reply, payload: list[int], state: WorkerLoopState) -> None:
         reply.send("bytes", bytes([index % 256]) * size)
 
 
+def half(reply: Reply, payload: list[str], state: WorkerLoopState) -> None:
+    """Stop amid an item that is larger than the ring, make a file, and do what the payload says."""
+    then, mark = payload
+    time.sleep(0.05)  # whoever spins for the answer has given that up
+    assert not reply.try_send("item", b"x" * (16 << 20))
+    Path(mark).touch()
+    if then == "raise":
+        raise RuntimeError("amid an item")
+    if then == "send another":
+        reply.send("item", b"y")
+
+
 def nothing(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """End without an item."""
 
@@ -290,6 +302,7 @@ HANDLERS: dict[str, KindHandler] = {
     "count_united": count_united,
     "tagged": tagged,
     "sized": sized,
+    "half": half,
     "nothing": nothing,
     "hold_gil": hold_gil,
     "wait_for_abort": wait_for_abort,

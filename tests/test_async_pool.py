@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,30 @@ def test_cancel_ends_an_upload_behind_a_busy_worker() -> None:
                     await asyncio.wait_for(task, 10)
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("then", "error"),
+    [("raise", "RuntimeError"), ("send another", "ValueError"), ("return", None)],
+)
+def test_a_handler_may_stop_amid_an_item(tmp_path: Path, then: str, error: str | None) -> None:
+    async def body(pool: AsyncPool) -> None:
+        await pool.start()
+        mark = tmp_path / "mark"
+        answer = asyncio.create_task(pool.call("echo", "half", [then, str(mark)]))
+        await asyncio.sleep(0)
+        # Nobody reads meanwhile, so the ring gets full.
+        assert eventually(mark.exists)
+        if error is None:
+            assert await answer is None
+        else:
+            with pytest.raises(RemoteError) as caught:
+                await answer
+            assert caught.value.type_name == error
+        assert await pool.call("echo", "echo", 1) == 1
+        assert pool.status()["echo"].restarts == 0
+
+    run(body)
 
 
 def test_cancelling_a_task_cancels_its_call() -> None:

@@ -302,10 +302,15 @@ class Request:
             CallCancelled: nobody waits for the answer any more.
             PoolClosed: the worker shuts down, or the call has ended.
             PayloadTooLarge: the item is above the frame limit.
+            ValueError: part of another item is out, see `try_send`.
         """
 
     def try_send(self, parts: _Parts) -> bool:
-        """As `send`, but false where that would wait; then try again with the same parts."""
+        """As `send`, but false where that would wait; then try again with the same parts.
+
+        Raises:
+            ValueError: part of another item is out. The call can still end, or fail.
+        """
 
     def fail(self, parts: _Parts) -> None:
         """End the call with an error that these parts describe."""

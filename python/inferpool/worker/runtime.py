@@ -97,7 +97,11 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         self._request.send(encode(kind, payload))
 
     def try_send(self, kind: WireKind, payload: Any) -> bool:
-        """As `send`, but false where that would wait; then try again with the same item."""
+        """As `send`, but false where that would wait; then try again with the same item.
+
+        Raises:
+            ValueError: part of another item is out. The call can still end, or fail.
+        """
         return self._request.try_send(codec.encode(kind, payload))
 
     def defer(self) -> None:

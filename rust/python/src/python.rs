@@ -44,6 +44,7 @@ impl From<Raised> for PyErr {
             Error::Closed | Error::Forked => PoolClosed::new_err(text),
             Error::QueueFull => QueueFull::new_err(text),
             Error::TooLarge { .. } => PayloadTooLarge::new_err(text),
+            Error::HalfSent => PyValueError::new_err(text),
             Error::Os(error) => error.into(),
             // `patiently` deals with both; a plain OSError is the honest rest.
             Error::WouldPark | Error::Interrupted => PyOSError::new_err(text),

@@ -85,7 +85,7 @@ impl Assembler {
             false => self.partials.remove(&header.call),
         };
         if header.flags & FIRST != 0 {
-            if known.is_some() {
+            if known.is_some_and(|partial| !header.kind.replaces(partial.first.kind)) {
                 return Err(Violation::Fragment);
             }
             let total = usize::try_from(header.total).map_err(|_| Violation::TooLarge)?;

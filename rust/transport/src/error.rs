@@ -78,6 +78,9 @@ pub enum Error {
         /// Bytes allowed.
         limit: usize,
     },
+    /// Part of another frame of the call is out, and only its rest may follow, or the call's end.
+    #[error("another frame of this call is half sent; its rest comes first")]
+    HalfSent,
     /// The handle was inherited through `fork`.
     #[error("this channel belongs to the process that made it, not to a forked child")]
     Forked,

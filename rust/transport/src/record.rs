@@ -50,6 +50,12 @@ impl Kind {
         matches!(self, Self::End | Self::Error | Self::Answer)
     }
 
+    /// Whether a frame of this kind may begin while one of `other` of its call is half out, which is
+    /// dropped then: a handler that fails amid an item has no more of it.
+    pub(crate) fn replaces(self, other: Self) -> bool {
+        matches!(self, Self::End | Self::Error) && other == Self::Data
+    }
+
     fn from_wire(value: u16) -> Result<Self, Violation> {
         Ok(match value {
             1 => Self::Pad,

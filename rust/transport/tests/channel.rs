@@ -582,6 +582,74 @@ fn a_frame_half_out_when_its_call_is_cancelled_goes_on_waiting_for_space() {
     });
 }
 
+/// A call whose worker has sent part of an item, after which the ring is full.
+fn open_half_answered(pair: &Pair, bytes: &[u8]) -> (u64, ReplyPort) {
+    let (call, port) = pair.open_call();
+    let part = [bytes];
+    let body = Gather::new(&part).unwrap();
+    assert!(port.try_send(Kind::Data, &body).is_none());
+    (call, port)
+}
+
+#[test]
+fn a_failure_replaces_an_item_that_is_half_out() {
+    let pair = pair(4096);
+    let item = payload(7, 20_000);
+    // Of one record, of several, and of as many bytes as the item.
+    for length in [300, 5000, item.len()] {
+        let (call, port) = open_half_answered(&pair, &item);
+        let why = payload(8, length);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let part = [why.as_slice()];
+                let body = Gather::new(&part).unwrap();
+                port.send(Kind::Error, &body, PATIENT).unwrap();
+            });
+            match wait_outcome(&pair.host, call) {
+                Outcome::Failed(frame) => assert!(parts(&frame) == [why.clone()]),
+                other => panic!("{other:?}"),
+            }
+        });
+    }
+    assert_eq!(pair.host.counters().violations, 0);
+}
+
+#[test]
+fn the_end_replaces_an_item_that_is_half_out() {
+    let pair = pair(4096);
+    let (call, port) = open_half_answered(&pair, &payload(7, 20_000));
+    std::thread::scope(|scope| {
+        scope.spawn(|| end(&port));
+        assert!(matches!(wait_outcome(&pair.host, call), Outcome::Ended));
+    });
+}
+
+#[test]
+fn another_item_is_refused_until_the_rest_of_one_is_out() {
+    let pair = pair(4096);
+    let item = payload(7, 20_000);
+    let (call, port) = open_half_answered(&pair, &item);
+    let shorter = data(&port, &item[1..], PATIENT);
+    assert!(matches!(shorter, Err(Error::HalfSent)));
+    let part = [b"x".as_slice()];
+    let other = port.try_send(Kind::Data, &Gather::new(&part).unwrap());
+    assert!(matches!(other, Some(Err(Error::HalfSent))));
+    // Nor may anything follow on a failure that is half out but its rest.
+    let failure = [&item[..10_000]];
+    let failure = Gather::new(&failure).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| data(&port, &item, PATIENT).unwrap());
+        assert!(parts(&wait_data(&pair.host, call)) == [item.clone()]);
+    });
+    assert!(port.try_send(Kind::Error, &failure).is_none());
+    let other = port.send(Kind::Error, &Gather::new(&[&item[..300]]).unwrap(), PATIENT);
+    assert!(matches!(other, Err(Error::HalfSent)));
+    std::thread::scope(|scope| {
+        scope.spawn(|| port.send(Kind::Error, &failure, PATIENT).unwrap());
+        assert!(matches!(wait_outcome(&pair.host, call), Outcome::Failed(_)));
+    });
+}
+
 #[test]
 fn a_request_given_up_half_sent_leaves_the_channel_intact() {
     let pair = pair(4096);

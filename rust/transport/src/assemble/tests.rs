@@ -216,6 +216,34 @@ fn a_continuation_must_be_of_the_same_frame() {
 }
 
 #[test]
+fn the_end_of_a_call_replaces_an_item_that_is_half_out() {
+    let end = |kind| Header { kind, ..header(1) };
+    let mut bench = bench();
+    for kind in [Kind::Error, Kind::End] {
+        assert!(bench.accept(header(1), FIRST, b"abc", 9).unwrap().is_none());
+        let frame = bench.accept(end(kind), FIRST | LAST, b"why", 3).unwrap();
+        assert_eq!(frame.unwrap().body.as_slice(), b"why");
+        assert!(bench.assembler.partials.is_empty());
+    }
+    // In several records too, but only once.
+    assert!(bench.accept(header(1), FIRST, b"abc", 9).unwrap().is_none());
+    let error = end(Kind::Error);
+    assert!(bench.accept(error, FIRST, b"w", 3).unwrap().is_none());
+    assert_eq!(bench.rejects(error, FIRST, b"w", 3), Violation::Fragment);
+}
+
+#[test]
+fn nothing_else_replaces_what_is_half_out() {
+    for kind in [Kind::Data, Kind::Answer, Kind::Request] {
+        let mut bench = bench();
+        assert!(bench.accept(header(1), FIRST, b"abc", 9).unwrap().is_none());
+        let other = Header { kind, ..header(1) };
+        let violation = bench.rejects(other, FIRST | LAST, b"abc", 3);
+        assert_eq!(violation, Violation::Fragment, "{kind:?}");
+    }
+}
+
+#[test]
 fn a_withdrawn_request_comes_out_empty_and_leaves_nothing() {
     let mut bench = bench();
     assert!(
