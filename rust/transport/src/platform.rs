@@ -278,7 +278,8 @@ impl Drop for SignalGate {
 }
 
 /// Sleeps until something happens to one of the sources, or the time has come. Returns to which;
-/// to none when the time has come. A signal ends the sleep with [`Error::Interrupted`].
+/// to none when the time has come. A signal ends the sleep with [`Error::Interrupted`], but not one
+/// that comes with the end of the time: who only looks has not slept.
 pub(crate) fn wait<const N: usize>(
     sources: [Option<Source<'_>>; N],
     until: Option<Instant>,
@@ -290,9 +291,10 @@ pub(crate) fn wait<const N: usize>(
         events: source.map_or(0, |source| source.events),
         revents: 0,
     });
-    system::poll(&mut polled, until, gate).map_err(|error| match error.kind() {
-        std::io::ErrorKind::Interrupted => Error::Interrupted,
-        _ => Error::Os(error),
-    })?;
-    Ok(polled.map(|entry| entry.revents != 0))
+    match system::poll(&mut polled, until, gate) {
+        Ok(()) => Ok(polled.map(|entry| entry.revents != 0)),
+        Err(error) if error.kind() != std::io::ErrorKind::Interrupted => Err(Error::Os(error)),
+        Err(_) if until.is_some_and(|until| until <= Instant::now()) => Ok([false; N]),
+        Err(_) => Err(Error::Interrupted),
+    }
 }

@@ -15,7 +15,7 @@ use inferpool_transport::control::Control;
 use inferpool_transport::record::Kind;
 use inferpool_transport::{
     End, Error, Event, Frame, Host, Notifier, Outcome, Outgoing, Patience, ReplyPort, Settings,
-    WaitPolicy, Worker,
+    SignalGate, WaitPolicy, Worker,
 };
 
 /// Longest that any test may take.
@@ -1005,6 +1005,33 @@ fn a_wait_goes_as_far_as_it_is_told() {
     assert!(matches!(received, Err(Error::TimedOut)));
     end(&port);
     assert!(matches!(wait_outcome(&pair.host, call), Outcome::Ended));
+}
+
+/// The signal is there before the look and let through by it, so that it always comes amid it.
+#[test]
+fn a_look_is_not_interrupted_by_a_signal() {
+    extern "C" fn ignore(_: libc::c_int) {}
+    let handler: extern "C" fn(libc::c_int) = ignore;
+    // SAFETY: the handler does nothing.
+    unsafe { libc::signal(libc::SIGUSR1, handler as libc::sighandler_t) };
+    let pair = pair(4096);
+    let (call, _port) = pair.open_call();
+    for past in [true, false] {
+        let gate = SignalGate::close();
+        // SAFETY: a handled signal for this thread, which gets it once the gate lets it through.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        let now = Instant::now();
+        let until = if past { now } else { now + LIMIT };
+        let patience = Patience::Park {
+            until: Some(until),
+            gate: Some(&gate),
+        };
+        match pair.host.wait(call, patience) {
+            Err(Error::TimedOut) => assert!(past),
+            Err(Error::Interrupted) => assert!(!past),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 /// The items are so close together that each of them makes spinning for the next one pay.
