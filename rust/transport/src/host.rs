@@ -43,6 +43,8 @@ struct Reader {
     control_open: bool,
     /// Rings of the doorbell so far.
     rings: u64,
+    /// How far the worker had read when it was seen asleep in front of a request, and when that was.
+    unread: Option<(u64, Instant)>,
 }
 
 /// See the module's text. Every method may be called from any thread.
@@ -90,6 +92,7 @@ impl Host {
                 brief_spinner: Spinner::new(settings.wait, ALONE, HOST_PATIENCE),
                 control_open: true,
                 rings: 0,
+                unread: None,
             }),
             segment,
             calls: Mutex::new(Calls::new()),

@@ -746,6 +746,59 @@ fn a_doorbell_rung_without_cause() {
 
 /// `O_NONBLOCK` belongs to both processes. The host neither relies on it nor waits for a peer that
 /// reads nothing.
+/// Nothing but the clock ends the wait: once because the answer's wake-up is still on its way, and
+/// once because it never will be.
+#[test]
+fn a_wake_up_that_was_lost_is_counted_and_no_other() {
+    for lost in [false, true] {
+        let mut attack = Attack::new();
+        let call = attack.send();
+        attack.write(REPLIES, &Attack::header(call, 0).to_wire());
+        let [tail, flag] = [0, 2].map(|word| attack.start.addr() + REPLY_TAIL + word * STEP);
+        attack.tail = HEADER as u64;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: in the mapping, which outlives the scope.
+                unsafe {
+                    while (flag as *mut u32).read_volatile() == 0 {
+                        std::thread::yield_now();
+                    }
+                    (tail as *mut u64).write_volatile(HEADER as u64);
+                    if !lost {
+                        (flag as *mut u32).write_volatile(0);
+                    }
+                }
+            });
+            let until = Some(Instant::now() + Duration::from_millis(300));
+            let waited = attack.host.wait(call, Patience::Park { until, gate: None });
+            assert!(matches!(waited, Ok(Event::Data(_))), "{waited:?}");
+        });
+        assert_eq!(attack.host.counters().rescued_waits, u64::from(lost));
+    }
+}
+
+/// However short the waits are, and for an event loop too.
+#[test]
+fn a_worker_asleep_in_front_of_a_request_is_rung_again() {
+    let asleep = || {
+        let attack = Attack::new();
+        let call = attack.send();
+        attack.write(REQUEST_TAIL + 2 * STEP, &[1]);
+        (attack, call)
+    };
+    let [(thread, call), (event_loop, _)] = [asleep(), asleep()];
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(2300) {
+        assert!(matches!(thread.wait(call), Err(Error::TimedOut)));
+        assert_eq!(event_loop.look(), None);
+    }
+    for attack in [thread, event_loop] {
+        let counters = attack.host.counters();
+        assert_eq!((counters.rescued_waits, counters.wakes_sent), (1, 1));
+        assert!(is_readable(&attack.inherited.bell));
+    }
+}
+
 #[test]
 fn descriptors_that_were_made_to_block() {
     let mut attack = Attack::new();

@@ -19,6 +19,8 @@ use crate::{Patience, lock};
 const CONTROL_BATCH: usize = 64;
 /// The longest sleep of a leader, after which it makes sure that no wake-up was lost.
 const RESCUE: Duration = Duration::from_secs(1);
+/// For how long a worker may be seen asleep in front of a request before it is rung again.
+const OVERSLEPT: Duration = Duration::from_secs(2);
 /// Bodies up to this size are copied under the lock of the calls' table.
 const COPIED_LOCKED: usize = 4096;
 /// Records read before whoever waits gets a look at its own call.
@@ -49,6 +51,7 @@ impl Host {
 
     fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
         self.react(reader, me, Some(Instant::now()), None)?;
+        self.rescue_worker(reader);
         for _ in 0..BATCHES_AT_A_LOOK {
             let more = self.pump(reader, Some(me));
             if !more && (lock(&self.calls).end().is_some() || self.arm(reader)) {
@@ -102,7 +105,6 @@ impl Host {
         skip_park: &mut dyn FnMut() -> Result<bool>,
     ) -> Result<T> {
         let reader = &mut *reader;
-        let mut unread = None;
         let mut budget = Budget::new(LONGEST);
         loop {
             let more = self.pump(reader, Some(me));
@@ -129,10 +131,11 @@ impl Host {
             let slice = Instant::now() + RESCUE;
             let sleep_until = until.map_or(slice, |until| until.min(slice));
             let woken = self.react(reader, me, Some(sleep_until), gate);
-            reader.ring.disarm();
-            if !woken? {
-                self.rescue(reader, &mut unread);
+            if matches!(woken, Ok(false)) {
+                self.rescue(reader);
             }
+            reader.ring.disarm();
+            woken?;
             if until.is_some_and(|until| until <= Instant::now()) {
                 self.pump(reader, Some(me));
                 return goal().ok_or(Error::TimedOut);
@@ -140,18 +143,36 @@ impl Host {
         }
     }
 
-    /// After a sleep that only the clock ended: counts what should have ended it, and does what
-    /// was missed. `unread` is how far the worker had read before.
-    fn rescue(&self, reader: &Reader, unread: &mut Option<u64>) {
-        if reader.ring.is_ready() {
-            self.tally.rescued_waits.add(1);
+    /// After a sleep that only the clock ended, with the flag still up unless somebody took it down:
+    /// counts what should have ended the sleep, and does what was missed.
+    fn rescue(&self, reader: &mut Reader) {
+        let overslept = || asleep_before(&self.reply_memory).is_some();
+        // Twice: a worker that has just published is about to take the flag down.
+        if overslept() {
+            std::thread::yield_now();
+            self.tally.rescued_waits.add(overslept().into());
         }
-        let read = asleep_before(&self.request_memory);
-        if read.is_some() && *unread == read {
-            self.tally.rescued_waits.add(1);
-            self.ring(&self.bell);
+        self.rescue_worker(reader);
+    }
+
+    /// Rings a worker that sleeps in front of a request. Waits are shorter than that takes to be
+    /// sure of, so what was seen stays with the reader. Models have no clock for it.
+    fn rescue_worker(&self, reader: &mut Reader) {
+        if cfg!(loom) {
+            return;
         }
-        *unread = read;
+        let asleep = asleep_before(&self.request_memory).map(|read| (read, Instant::now()));
+        match (asleep, reader.unread) {
+            (Some((read, now)), Some((before, since))) if read == before => {
+                if now.duration_since(since) < OVERSLEPT {
+                    return;
+                }
+                self.tally.rescued_waits.add(1);
+                self.ring(&self.bell);
+            }
+            _ => {}
+        }
+        reader.unread = asleep;
     }
 
     /// Spins until there is something to read, as long as that pays.
