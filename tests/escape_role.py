@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import platform
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +35,9 @@ _CALLS = {
     "io_uring_setup": 425,
     "clone3": 435,
     "pidfd_getfd": 438,
+    "setxattrat": 463,
+    "removexattrat": 466,
+    "file_setattr": 469,
 }
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -108,6 +113,12 @@ def _read_memory(pid: int, address: int) -> None:
     assert here.raw == b"secret"
 
 
+def _set_attribute(path: str) -> None:
+    value = ctypes.create_string_buffer(b"escaped")
+    arguments = struct.pack("QII", ctypes.addressof(value), 7, 0)
+    _call("setxattrat", -100, path.encode(), 0, b"user.escaped", arguments, len(arguments))
+
+
 def _open(path: str, flags: int = os.O_RDONLY) -> None:
     os.close(os.open(path, flags))
 
@@ -150,6 +161,13 @@ def attempts(at: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "make a symbolic link": lambda: os.symlink("/", folder / "symbolic"),
         "change a file's mode": lambda: os.chmod(secret, 0o600),
         "change a file's times": lambda: os.utime(secret),
+        "set an attribute of a file": lambda: _set_attribute(secret),
+        "remove an attribute of a file": lambda: _call(
+            "removexattrat", -100, secret.encode(), 0, b"user.escaped"
+        ),
+        "change a file's flags": lambda: _call(
+            "file_setattr", -100, secret.encode(), bytes(24), 24, 0
+        ),
         "watch a file": lambda: _check(_libc.inotify_init1(0)),
         "connect by TCP": lambda: _connect(inet, stream, ("127.0.0.1", at["tcp"])),
         "send by UDP": lambda: _connect(inet, datagram, ("127.0.0.1", at["udp"])),
@@ -175,6 +193,18 @@ def attempts(at: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "signal it by thread id": lambda: _call("tkill", host, 0),
         "signal it by descriptor": lambda: _call(
             "pidfd_send_signal", os.pidfd_open(host), 0, None, 0
+        ),
+        # Nothing happens to it: the descriptor does not ask for signals.
+        "have the host signalled": lambda: fcntl.fcntl(_inherited(2), fcntl.F_SETOWN, host),
+        "have it signalled by type": lambda: fcntl.fcntl(
+            _inherited(2), 15, struct.pack("ii", 1, host)
+        ),
+        "choose the signal": lambda: fcntl.fcntl(_inherited(2), 10, signal.SIGKILL),
+        "have it signalled by ioctl": lambda: fcntl.ioctl(
+            _inherited(2), 0x8901, struct.pack("i", host)
+        ),
+        "have it signalled by a socket": lambda: fcntl.ioctl(
+            _inherited(2), 0x8902, struct.pack("i", host)
         ),
         "limit the host": lambda: resource.prlimit(host, resource.RLIMIT_NPROC, at["nproc"]),
         "slow the host down": lambda: os.setpriority(os.PRIO_PROCESS, host, 0),

@@ -18,6 +18,18 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 const EPERM: SeccompAction = SeccompAction::Errno(libc::EPERM as u32);
 const ENOSYS: SeccompAction = SeccompAction::Errno(libc::ENOSYS as u32);
 
+// Newer than what the crate libc knows; the same number on every architecture.
+const SYS_SETXATTRAT: c_long = 463;
+const SYS_REMOVEXATTRAT: c_long = 466;
+const SYS_OPEN_TREE_ATTR: c_long = 467;
+const SYS_FILE_SETATTR: c_long = 469;
+
+/// These have the kernel send a signal of one's choice to any process of the same user, when
+/// something happens to a descriptor: `F_SETOWN`, `F_SETSIG`, `F_SETOWN_EX`.
+const SIGNALLING_FCNTL: [u64; 3] = [8, 10, 15];
+/// The same for sockets: `FIOSETOWN`, `SIOCSPGRP`.
+const SIGNALLING_IOCTL: [u64; 2] = [0x8901, 0x8902];
+
 /// Denied whatever their arguments.
 const DENIED: &[c_long] = &[
     // The network, and local sockets. What the worker inherits is connected.
@@ -82,6 +94,9 @@ const DENIED: &[c_long] = &[
     libc::SYS_removexattr,
     libc::SYS_lremovexattr,
     libc::SYS_fremovexattr,
+    SYS_SETXATTRAT,
+    SYS_REMOVEXATTRAT,
+    SYS_FILE_SETATTR,
     libc::SYS_utimensat,
     libc::SYS_name_to_handle_at,
     libc::SYS_open_by_handle_at,
@@ -101,6 +116,7 @@ const DENIED: &[c_long] = &[
     libc::SYS_pivot_root,
     libc::SYS_chroot,
     libc::SYS_open_tree,
+    SYS_OPEN_TREE_ATTR,
     libc::SYS_move_mount,
     libc::SYS_mount_setattr,
     libc::SYS_fsopen,
@@ -182,7 +198,18 @@ fn denied(own: u32) -> Result<Rules, BackendError> {
     // An inherited datagram socket could be used to write to any other.
     let address = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0)?;
     rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![address])?]);
+    rules.insert(libc::SYS_fcntl, commands(&SIGNALLING_FCNTL)?);
+    rules.insert(libc::SYS_ioctl, commands(&SIGNALLING_IOCTL)?);
     Ok(rules)
+}
+
+/// A rule for each of these second arguments.
+fn commands(commands: &[u64]) -> Result<Vec<SeccompRule>, BackendError> {
+    let rule = |&command| {
+        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command)?;
+        SeccompRule::new(vec![is])
+    };
+    commands.iter().map(rule).collect()
 }
 
 /// Its flags are in memory, out of a filter's sight; libc then takes `clone`.
