@@ -64,6 +64,18 @@ MUTANTS = [
     Mutant("ring.rs", "fence(Ordering::SeqCst);", "", "loom ring_tests", 1),
     Mutant("ring.rs", "fence(Ordering::SeqCst);", "", "loom ring_tests", 2),
     Mutant("ring.rs", "fence(Ordering::SeqCst);", "", "loom ring_tests", 3),
+    Mutant(
+        "ring.rs",
+        "producer_armed().store(1, Ordering::Release)",
+        "producer_armed().store(1, Ordering::Relaxed)",
+        "loom what_is_noted",
+    ),
+    Mutant(
+        "ring.rs",
+        "compare_exchange(1, 0, Ordering::Acquire, Ordering::Relaxed)",
+        "compare_exchange(1, 0, Ordering::Relaxed, Ordering::Relaxed)",
+        "loom what_is_noted",
+    ),
     # The order of steps that waiting relies on.
     Mutant(
         "ring.rs",

@@ -24,6 +24,9 @@
 //!   reads the position; the other side stores the position, fences, then reads the flag. With
 //!   both fences sequentially consistent at least one of them sees the other's store, so either
 //!   the sleeper does not sleep or the other side rings.
+//! - SYNC POINT E: the producer's release store of its armed flag pairs with the acquire exchange
+//!   that takes it down. What the producer noted before, that one more ring is due, happens before
+//!   the ring. A consumer notes that under a lock, which whoever counts rings has too.
 
 use crate::error::Violation;
 use crate::record::{ALIGN, FIRST, HEADER, Header, Kind, span};
@@ -177,7 +180,8 @@ impl<M: Memory> Producer<M> {
         &mut self,
         ready: impl FnOnce(&mut Self) -> Result<bool, Violation>,
     ) -> Result<bool, Violation> {
-        self.memory.producer_armed().store(1, Ordering::Relaxed);
+        // SYNC POINT E
+        self.memory.producer_armed().store(1, Ordering::Release);
         // SYNC POINT D
         fence(Ordering::SeqCst);
         if ready(self)? {
@@ -357,8 +361,9 @@ fn lower(flag: &AtomicU32) {
 /// flag that its owner took down and put up again is never overwritten by what was seen before.
 fn take_flag(flag: &AtomicU32) -> bool {
     let is_up = flag.load(Ordering::Relaxed) == 1;
+    // SYNC POINT E
     is_up
         && flag
-            .compare_exchange(1, 0, Ordering::Relaxed, Ordering::Relaxed)
+            .compare_exchange(1, 0, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
 }

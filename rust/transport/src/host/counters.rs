@@ -95,7 +95,8 @@ pub(super) struct Tally {
     pub(super) full_waits: Count,
     pub(super) rescued_waits: Count,
     pub(super) violations: Count,
-    /// Times that this side announced a sleep, after each of which the worker may ring once.
+    /// Times that this side announced a sleep, after each of which the worker may ring once. Counted
+    /// before, see SYNC POINT E in `ring`.
     pub(super) arms: Count,
 }
 

@@ -275,6 +275,33 @@ fn loom_sleeping_producer_is_woken() {
     assert_slept_and_was_spared(counts);
 }
 
+/// (c) Who takes a producer's flag down knows what the producer noted before it put it up: SYNC
+/// POINT E.
+#[test]
+fn loom_what_is_noted_before_arming_is_known_to_who_rings() {
+    let counts = explore("noted before arming", bounded(), |seen| {
+        let memory = RingMemory::new(CAPACITY);
+        let noted = Arc::new(AtomicU64::new(0));
+        let mut writer = Producer::new(memory.clone());
+        let mut reader = Consumer::new(memory);
+        for sequence in 0..2 {
+            assert_eq!(try_push(&mut writer, sequence, HALF), Some(false));
+        }
+        let producer = {
+            let (noted, seen) = (Arc::clone(&noted), seen.clone());
+            thread::spawn(move || {
+                noted.fetch_add(1, Ordering::Relaxed);
+                seen.armed(writer.arm(|ring| ring.fits(HALF)).unwrap());
+            })
+        };
+        if try_pop(&mut reader, 0, HALF).expect("written before") {
+            assert_eq!(noted.load(Ordering::Relaxed), 1);
+        }
+        producer.join().unwrap();
+    });
+    assert_slept_and_was_spared(counts);
+}
+
 /// (d) A producer that sleeps until the other side grants credit in a word of its own is woken by
 /// [`nudge`]: SYNC POINT D for anything but the ring's head.
 #[test]
