@@ -1,12 +1,13 @@
 //! Who is told when something happens to a call: a thread that sleeps, or an event loop.
 
+use std::cell::RefCell;
 #[cfg(not(loom))]
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::error::Result;
 use crate::lock;
-use crate::platform::{Bell, Source};
+use crate::platform::{Bell, Source, fork_depth};
 use crate::sync::{Mutex, thread_local};
 
 /// A doorbell inside this process, and for an event loop the list of what rang it.
@@ -28,24 +29,30 @@ impl Notifier {
         }))
     }
 
-    /// The calling thread's own, made when it first waits.
+    /// The calling thread's own, made when it first waits. After a fork another one: the bell is one
+    /// for both processes, and each would take rings that are meant for the other.
     pub(crate) fn of_thread() -> Result<Arc<Self>> {
         thread_local! {
             #[cfg_attr(
                 not(loom),
                 expect(clippy::missing_const_for_thread_local, reason = "loom's macro has no const")
             )]
-            static OWN: std::cell::OnceCell<Arc<Notifier>> = std::cell::OnceCell::new();
+            static OWN: RefCell<Option<(u32, Arc<Notifier>)>> = RefCell::new(None);
         }
         OWN.with(|own| {
-            if let Some(notifier) = own.get() {
+            let mut own = own.borrow_mut();
+            let depth = fork_depth();
+            if let Some((made_at, notifier)) = &*own
+                && *made_at == depth
+            {
                 return Ok(Arc::clone(notifier));
             }
             let notifier = Arc::new(Self {
                 bell: Bell::new()?,
                 ready: None,
             });
-            Ok(Arc::clone(own.get_or_init(|| notifier)))
+            *own = Some((depth, Arc::clone(&notifier)));
+            Ok(notifier)
         })
     }
 
@@ -88,5 +95,32 @@ impl Notifier {
 impl AsFd for Notifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forked_child_does_not_take_its_parents_rings() {
+        let own = Notifier::of_thread().unwrap();
+        own.ring();
+        let is_rung = |notifier: &Notifier| {
+            let sources = [Some(notifier.source())];
+            crate::platform::wait(sources, Some(std::time::Instant::now()), None).unwrap() == [true]
+        };
+        // SAFETY: the child makes a bell, for which it needs no lock but the allocator's, which is
+        // free after a fork, and ends.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let rung = Notifier::of_thread().is_ok_and(|other| is_rung(&other));
+            crate::platform::exit_now(rung.into());
+        }
+        let mut status = -1;
+        // SAFETY: `status` is valid for the call.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "the child was rung for its parent");
+        assert!(is_rung(&own) && Arc::ptr_eq(&own, &Notifier::of_thread().unwrap()));
     }
 }
