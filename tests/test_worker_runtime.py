@@ -288,6 +288,12 @@ def test_an_error_too_long_for_a_frame_is_cut(monkeypatch: pytest.MonkeyPatch) -
         assert pool.call("echo", "echo", 1) == 1
 
 
+@pytest.mark.parametrize("capacity", [0, 64, 100, 2**32])
+def test_a_ring_of_a_size_that_no_ring_has(capacity: int) -> None:
+    with pytest.raises(ValueError, match=f"a power of two from 128 to 2.*31, not {capacity}$"):
+        HostChannel(ring_capacity=capacity, frame_limit=4096, wait="park")
+
+
 def test_a_worker_told_to_end_before_it_was_told_what_to_be() -> None:
     channel = HostChannel(ring_capacity=4096, frame_limit=4096, wait="park")
     log = RoleLogFile(None, "unborn")

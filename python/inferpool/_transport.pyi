@@ -201,7 +201,7 @@ class HostChannel:
         """Create the shared segment and everything else that the worker inherits.
 
         Args:
-            ring_capacity: bytes of each of the two rings; a power of two.
+            ring_capacity: bytes of each of the two rings; a power of two from 128 to 2**31.
             frame_limit: bytes of the largest frame.
             wait: ``"adaptive"`` or ``"park"``.
 

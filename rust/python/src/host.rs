@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use inferpool_transport::control::Control;
+use inferpool_transport::ring::is_valid_capacity;
 use inferpool_transport::{Error, Event, Host, Notifier, Outgoing, Patience};
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -45,6 +46,11 @@ impl PyHostChannel {
     #[new]
     #[pyo3(signature = (*, ring_capacity, frame_limit, wait))]
     fn new(ring_capacity: usize, frame_limit: usize, wait: &str) -> PyResult<Self> {
+        if !is_valid_capacity(ring_capacity) {
+            return Err(PyValueError::new_err(format!(
+                "ring_capacity must be a power of two from 128 to 2**31, not {ring_capacity}"
+            )));
+        }
         let host = Host::create(ring_capacity, settings(frame_limit, wait)?);
         Ok(Self(host.map_err(Raised::from)?))
     }
