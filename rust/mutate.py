@@ -223,7 +223,7 @@ MUTANTS = [
     # Records that never stop coming.
     Mutant("host/lead.rs", "0..BATCHES_AT_A_LOOK", "0..usize::MAX", "hostile"),
     Mutant("host/lead.rs", "        me.ring();\n        Ok(())", "        Ok(())", "hostile"),
-    Mutant("host/lead.rs", " && !budget.is_spent()", "", "channel"),
+    Mutant("spin.rs", ".elapsed() >= self.limit", ".elapsed().is_zero()", "lib"),
     Mutant(
         "calls.rs", "call.received - call.published >= WINDOW", "call.received >= WINDOW", "channel"
     ),

@@ -179,7 +179,7 @@ class _Watcher:
             self._incarnation.check()
 
     def _spin(self, call: Call) -> Event | None:
-        """What has happened, or does within the few microseconds for which spinning pays."""
+        """What has happened, or does within the tens of microseconds for which a loop may spin."""
         event = call.poll()
         if event is None and call.spin():
             self._tell_ready()

@@ -25,7 +25,7 @@ use crate::notify::Notifier;
 use crate::platform::{self, ControlSocket, Death, Doorbell};
 use crate::ring::{Consumer, Producer, nudge};
 use crate::segment::{RingMemory, Segment};
-use crate::spin::{ALONE, Budget, CAP, HOST_PATIENCE, LONGEST, Spinner};
+use crate::spin::{ALONE, Budget, CAP, HOST_PATIENCE, OF_LOOP, Spinner};
 use crate::sync::{AtomicU64, Mutex, Ordering, TryLock};
 use crate::{Patience, Settings, lock};
 use counters::Tally;
@@ -40,6 +40,7 @@ struct Reader {
     spinner: Spinner,
     /// For callers who hold what others need meanwhile.
     brief_spinner: Spinner,
+    loop_spinner: Spinner,
     control_open: bool,
     /// Rings of the doorbell so far.
     rings: u64,
@@ -90,6 +91,7 @@ impl Host {
                 assembler: Assembler::new(settings.frame_limit),
                 spinner: Spinner::new(settings.wait, CAP, HOST_PATIENCE),
                 brief_spinner: Spinner::new(settings.wait, ALONE, HOST_PATIENCE),
+                loop_spinner: Spinner::new(settings.wait, OF_LOOP, HOST_PATIENCE),
                 control_open: true,
                 rings: 0,
                 unread: None,
@@ -184,11 +186,11 @@ impl Host {
         let Some(mut reader) = self.try_lead() else {
             return Ok(false);
         };
-        let mut budget = Budget::new(LONGEST);
+        let mut budget = Budget::new(OF_LOOP);
         loop {
             let more = self.pump(&mut reader, Some(&notifier));
             if lock(&self.calls).has_news(call)
-                || !(more || self.spin_for_record(&mut reader))
+                || !(more || self.spin_in_loop(&mut reader))
                 || budget.is_spent()
             {
                 break;
@@ -197,6 +199,15 @@ impl Host {
         drop(reader);
         self.hand_over(Some(&notifier));
         Ok(lock(&self.calls).has_news(call))
+    }
+
+    fn spin_in_loop(&self, reader: &mut Reader) -> bool {
+        let Reader {
+            ring, loop_spinner, ..
+        } = reader;
+        let won = loop_spinner.spin(|| ring.is_ready(), || self.note_cpu(), || 0);
+        self.tally.spins_won.add_alone(won.into());
+        won
     }
 
     /// Spins for the answer to a call that was just sent, so briefly that the caller need not let

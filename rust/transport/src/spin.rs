@@ -7,6 +7,9 @@ use crate::platform;
 /// Longest spin. Waking a sleeper takes about half of this (50 µs on the machine measured), so a
 /// spin sees the answer even of a peer that slept.
 pub(crate) const CAP: Duration = Duration::from_micros(100);
+/// Longest spin of an event loop, all of whose tasks wait meanwhile: about as long as it takes to be
+/// woken, and to go round once.
+pub(crate) const OF_LOOP: Duration = Duration::from_micros(50);
 /// Spins in a row that may fail before a host sleeps at once: its worker takes longer than that.
 pub(crate) const HOST_PATIENCE: u32 = 4;
 /// A worker spins after every request, since another one often follows: once per request that
@@ -181,6 +184,14 @@ mod tests {
             asked.set(asked.get() + 1);
             if works { asked.get().into() } else { 0 }
         }
+    }
+
+    #[test]
+    fn a_budget_looks_at_no_clock_the_first_time() {
+        let mut none = Budget::new(Duration::ZERO);
+        assert_eq!([none.is_spent(), none.is_spent()], [false, true]);
+        let mut enough = Budget::new(Duration::MAX);
+        assert_eq!([enough.is_spent(), enough.is_spent()], [false, false]);
     }
 
     #[test]

@@ -176,7 +176,7 @@ impl Host {
     }
 
     /// Spins until there is something to read, as long as that pays.
-    pub(super) fn spin_for_record(&self, reader: &mut Reader) -> bool {
+    fn spin_for_record(&self, reader: &mut Reader) -> bool {
         let Reader { ring, spinner, .. } = reader;
         let won = spinner.spin(
             || ring.is_ready(),
@@ -189,12 +189,12 @@ impl Host {
     }
 
     /// Tells the worker where this side waits, so that it can go elsewhere.
-    fn note_cpu(&self) {
+    pub(super) fn note_cpu(&self) {
         let cpu = platform::current_cpu().map_or(0, |cpu| cpu as u64 + 1);
         self.segment.host_cpu().store(cpu, Ordering::Relaxed);
     }
 
-    /// Whether this side may sleep now. Not if there is something to read, nor after the end.
+    /// Whether this side may sleep now. Not if there is something to read.
     fn arm(&self, reader: &mut Reader) -> bool {
         self.tally.arms.add(1);
         reader.ring.arm().unwrap_or_else(|violation| {
