@@ -86,8 +86,8 @@ MUTANTS = [
     Mutant("ring.rs", "if ready(self)? {", "if false && ready(self)? {", "loom ring_tests"),
     Mutant(
         "host/lead.rs",
-        "            looked?;\n        }\n",
-        "            looked?;\n        }\n        me.drain();\n",
+        "            armed?;\n        }\n",
+        "            armed?;\n        }\n        me.drain();\n",
         "loom event_loop",
     ),
     Mutant(
@@ -222,7 +222,7 @@ MUTANTS = [
     Mutant("host.rs", "self.pump_what_is_there(&mut reader, None);", "", "channel"),
     # Records that never stop coming.
     Mutant("host/lead.rs", "0..BATCHES_AT_A_LOOK", "0..usize::MAX", "hostile"),
-    Mutant("host/lead.rs", "        me.ring();\n        Ok(())", "        Ok(())", "hostile"),
+    Mutant("host/lead.rs", "if stopped { None } else { Some(me) }", "Some(me)", "hostile"),
     Mutant("spin.rs", ".elapsed() >= self.limit", ".elapsed().is_zero()", "lib"),
     Mutant(
         "calls.rs", "call.received - call.published >= WINDOW", "call.received >= WINDOW", "channel"

@@ -32,7 +32,8 @@ const BATCHES_AT_A_LOOK: usize = 16;
 
 impl Host {
     /// Looks at everything once without waiting, and leaves the ring armed so that the next frame
-    /// makes a descriptor readable, or `me` rung if there is more than a loop should read at a time.
+    /// makes a descriptor readable, or whoever waits rung if there is more than a loop should read at
+    /// a time.
     /// For event loops; `false` once the channel has ended.
     pub fn look(&self, me: &Arc<Notifier>) -> Result<bool> {
         self.check_owner()?;
@@ -41,25 +42,27 @@ impl Host {
         me.drain();
         // A leader, if there is one, hands frames over and wakes this loop before it leaves.
         if let Some(mut reader) = self.try_lead() {
-            let looked = self.look_until_armed(&mut reader, me);
+            let armed = self.look_until_armed(&mut reader, me);
             drop(reader);
-            self.hand_over(Some(me));
-            looked?;
+            // Whoever waits has to go on where this look stopped, this loop too if nobody else does.
+            let stopped = matches!(armed, Ok(false));
+            self.hand_over(if stopped { None } else { Some(me) });
+            armed?;
         }
         Ok(lock(&self.calls).end().is_none())
     }
 
-    fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<()> {
+    /// `false` when there was more than a loop should read at a time.
+    fn look_until_armed(&self, reader: &mut Reader, me: &Arc<Notifier>) -> Result<bool> {
         self.react(reader, me, Some(Instant::now()), None)?;
         self.rescue_worker(reader);
         for _ in 0..BATCHES_AT_A_LOOK {
             let more = self.pump(reader, Some(me));
             if !more && (lock(&self.calls).end().is_some() || self.arm(reader)) {
-                return Ok(());
+                return Ok(true);
             }
         }
-        me.ring();
-        Ok(())
+        Ok(false)
     }
 
     /// Waits for `goal`, which is asked again after everything that happens. `skip_park` runs
