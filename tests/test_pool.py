@@ -29,6 +29,7 @@ from inferpool import (
     Stream,
     WorkerCrashed,
 )
+from inferpool._transport import HostChannel
 from inferpool.testing import scripted_embed
 
 
@@ -211,6 +212,25 @@ def test_a_call_whose_request_is_half_sent_is_cancelled_from_another_thread() ->
         for thread in (busy, upload):
             thread.join(10)
         assert sorted(cancelled) == ["echo", "sleep"]
+
+
+def test_a_request_is_neither_sent_nor_taken_while_a_thread_sends_it() -> None:
+    channel = HostChannel(ring_capacity=4096, frame_limit=1 << 20, wait="park")
+    call = channel.open([b"x" * 20_000])
+
+    def send() -> None:
+        with pytest.raises(CallCancelled):
+            call.send()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert eventually(lambda: channel.counters()["parks"] > 0)
+    assert (call.sent, call.taken) == (False, False)
+    call.cancel()
+    sender.join(10)
+    assert not sender.is_alive()
+    assert (call.sent, channel.counters()["full_waits"]) == (False, 1)
+    assert channel.in_flight() == []
 
 
 def test_a_stream_is_cancelled_while_another_thread_leads(pool: Pool) -> None:
