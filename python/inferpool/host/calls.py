@@ -239,15 +239,16 @@ def _begin(
 def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
     """Wait until all of a request is out."""
     while True:
+        # While it loads it reads none, for as long as `Policy.start_timeout` says.
+        reads = opened.incarnation.is_ready()
         try:
             yield opened.incarnation, opened.call, "sent", deadline.left(QUEUE_SECONDS)
         except CallTimeout:
             deadline.check()
-            if opened.incarnation.is_ready():
+            if reads:
                 raise QueueFull(
                     f"role {opened.supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
                 ) from None
-            # While it loads it reads none, for as long as `Policy.start_timeout` says.
         else:
             return
 
