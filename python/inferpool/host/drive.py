@@ -123,9 +123,10 @@ class LoopDriver:
         key = (asyncio.get_running_loop(), incarnation)
         watcher = self._watchers.get(key)
         if watcher is None:
-            # A loop that was closed does not say so.
-            for other in [each for each in self._watchers if each[0].is_closed()]:
-                del self._watchers[other]
+            # A loop that was closed does not say so. Other threads have loops too.
+            for other in list(self._watchers):
+                if other[0].is_closed():
+                    self._watchers.pop(other, None)
             # Without this driver: a loop that watches must not keep the workers alive.
             watcher = _Watcher(*key, on_end=partial(self._watchers.pop, key, None))
             self._watchers[key] = watcher
