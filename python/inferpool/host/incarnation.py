@@ -359,6 +359,8 @@ class Incarnation:
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             if self.channel.wait_death(min(SIGNAL_SECONDS, left)):
+                # Where only a closed channel tells of it, the process may be on its way out yet.
+                self._process.reap(left)
                 break
         with self._lock:
             if self._exit is None and not self._ending:

@@ -3,7 +3,7 @@
 //! What is weaker than on Linux: the segment is not sealed, so a hostile worker can cut it off and
 //! end the host with SIGBUS; a process counts as dead when its end of the control socket is closed,
 //! which a process that inherited it by a fork delays; a signal that comes just before a sleep is
-//! served up to [`SLICE`] late.
+//! served up to [`SLICE`] late, or after it if it has no end.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -125,7 +125,8 @@ pub(super) fn poll(
     gate: Option<&SignalGate>,
 ) -> io::Result<()> {
     let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-    let slice = gate.map(|_| SLICE);
+    // Who waits without end, as an idle worker does, is to use no CPU.
+    let slice = gate.and(left).map(|_| SLICE);
     let timeout = [left, slice].into_iter().flatten().min();
     // Rounded up, so that a wait of less than a millisecond is no busy loop.
     let milliseconds = timeout.map_or(-1, |time| {
