@@ -118,10 +118,9 @@ def test_workers_die_with_a_host_that_left_by_os_exit() -> None:
 
 def test_workers_die_with_the_host_though_a_fork_of_it_lives() -> None:
     script = (
-        "print(pool.call('echo', 'facts')['pid'], flush=True)\n"
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        "    os.close(1); time.sleep(5); os._exit(0)\n"
+        "worker = pool.call('echo', 'facts')['pid']\n"
+        "if os.fork() == 0:\n"
+        "    print(worker, flush=True); os.close(1); time.sleep(5); os._exit(0)\n"
         "time.sleep(30)\n"
     )
     with started_host(script) as (host, pid):

@@ -166,19 +166,19 @@ pub(crate) enum Datagram {
 
 /// One end of a control socket. Messages keep their borders; closing one end is seen at the other.
 #[derive(Debug)]
-pub(crate) struct ControlSocket(OwnedFd);
+pub(crate) struct ControlSocket(system::ControlFd);
 
 impl ControlSocket {
     /// Both ends.
     pub(crate) fn pair() -> Result<(Self, OwnedFd)> {
         let kind = system::CONTROL_SOCKET;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
-        Ok((Self(ours), theirs))
+        Ok((Self(system::control_fd(ours)), theirs))
     }
 
     /// Takes over an inherited end.
     pub(crate) fn from_fd(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self(system::control_fd(fd))
     }
 
     /// Sends one message without blocking.

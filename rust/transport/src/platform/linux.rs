@@ -15,8 +15,14 @@ use crate::error::{Error, Result};
 
 /// Keeps the borders of messages.
 pub(super) const CONTROL_SOCKET: SocketType = SocketType::SEQPACKET;
+/// Forks may keep it open: nobody takes its closing alone for a death, there are pidfds for that.
+pub(super) type ControlFd = OwnedFd;
 /// Which flags of a receive this system has for such a socket.
 pub(super) const CONTROL_FLAGS: RecvFlags = RecvFlags::all();
+
+pub(super) fn control_fd(fd: OwnedFd) -> ControlFd {
+    fd
+}
 
 /// Creates shared memory that has no name and can change neither its size nor its seals.
 pub(crate) fn create_shared_memory(length: usize) -> Result<OwnedFd> {

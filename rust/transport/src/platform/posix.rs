@@ -2,11 +2,13 @@
 //!
 //! What is weaker than on Linux: the segment is not sealed, so a hostile worker can cut it off and
 //! end the host with SIGBUS; a process counts as dead when its end of the control socket is closed,
-//! which a process that inherited it by a fork delays; a signal that comes just before a sleep is
-//! served up to [`SLICE`] late, or after it if it has no end.
+//! see [`ControlFd`]; a signal that comes just before a sleep is served up to [`SLICE`] late, or after
+//! it if it has no end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags, fcntl_setfl, ftruncate};
@@ -85,9 +87,64 @@ impl AsFd for Bell {
     }
 }
 
+/// One end of a control socket, whose closing tells the other end that this process is dead. So
+/// forks of this process must not keep it open: a child gets `/dev/null` in its place.
+#[derive(Debug)]
+pub(super) struct ControlFd(OwnedFd);
+
+/// The descriptors of all ends that this process opened, plus one; 0 is free. A fixed table, since a
+/// forked child may touch nothing that a lock guards. An end without a place stays open in forks.
+static ENDS: [AtomicI32; 1024] = [const { AtomicI32::new(0) }; 1024];
+
+fn swap_end(from: i32, to: i32) {
+    let mut places = ENDS.iter();
+    places.find(|place| {
+        place
+            .compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    });
+}
+
+/// Runs in a forked child, where only calls that are safe in a signal's handler are allowed.
+extern "C" fn leave_ends() {
+    // SAFETY: the path is a C string; the other calls take any descriptor.
+    unsafe {
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        for end in &ENDS {
+            let fd = end.swap(0, Ordering::Relaxed) - 1;
+            if null >= 0 && fd >= 0 && libc::dup2(null, fd) == fd {
+                libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+            }
+        }
+        libc::close(null);
+    }
+}
+
+pub(super) fn control_fd(fd: OwnedFd) -> ControlFd {
+    static WATCHING: Once = Once::new();
+    WATCHING.call_once(|| {
+        // SAFETY: the handler does what a forked child may.
+        unsafe { libc::pthread_atfork(None, None, Some(leave_ends)) };
+    });
+    swap_end(0, fd.as_raw_fd() + 1);
+    ControlFd(fd)
+}
+
+impl AsFd for ControlFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for ControlFd {
+    fn drop(&mut self) {
+        swap_end(self.0.as_raw_fd() + 1, 0);
+    }
+}
+
 /// Sees the process's end of its control socket closed.
 #[derive(Debug)]
-pub(crate) struct Death(OwnedFd);
+pub(crate) struct Death(ControlFd);
 
 impl Death {
     pub(crate) fn source(&self) -> Source<'_> {
@@ -106,7 +163,7 @@ pub(crate) fn watch_process(pid: i32, control: &ControlSocket) -> Result<Death> 
     if pid <= 0 {
         return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
     }
-    Ok(Death(control.as_fd().try_clone_to_owned()?))
+    Ok(Death(control_fd(control.as_fd().try_clone_to_owned()?)))
 }
 
 /// There is no portable way to know.
@@ -144,5 +201,38 @@ pub(super) fn poll(
         -1 => Err(io::Error::last_os_error()),
         0 if timeout != left => Err(io::ErrorKind::Interrupted.into()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Datagram;
+    use super::*;
+    use crate::control::SIZE;
+
+    #[test]
+    fn a_fork_that_lives_on_does_not_keep_a_control_socket_open() {
+        let (ours, theirs) = ControlSocket::pair().unwrap();
+        let watched = ControlSocket::from_fd(theirs);
+        let (forked, says_forked) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        // SAFETY: the child calls nothing but what is safe in a signal's handler.
+        let child = unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                libc::write(says_forked.as_raw_fd(), b"!".as_ptr().cast(), 1);
+                libc::pause();
+                libc::_exit(0);
+            }
+            child
+        };
+        rustix::io::read(&forked, &mut [0; 1]).unwrap();
+        drop(ours);
+        let found = watched.receive(&mut [0; SIZE]);
+        // SAFETY: the child is ours, and was not waited for.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, std::ptr::null_mut(), 0);
+        }
+        assert!(matches!(found, Ok(Datagram::Closed)));
     }
 }
