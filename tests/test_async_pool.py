@@ -197,20 +197,39 @@ def test_cancelling_a_task_cancels_its_call() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
-def test_a_stream_can_be_ended_while_it_opens(how: str) -> None:
+@pytest.mark.parametrize("what", ["upload", "start"])
+def test_a_stream_can_be_ended_while_it_opens(what: str, how: str) -> None:
+    async def body() -> None:
+        role = echo_role(load_seconds=60.0 if what == "start" else 0.0)
+        policy = Policy(cancel_grace=60.0)
+        async with AsyncPool(echo=role, policy=policy, close_timeout=0.0) as pool:
+            if what == "upload":
+                await pool.start()
+                busy = asyncio.create_task(pool.call("echo", "sleep", 60.0))
+                while not pool.status()["echo"].in_flight:
+                    await asyncio.sleep(0.001)
+            stream = pool.stream("echo", "echo", b"x" * (16 << 20))
+            first = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0.05)
+            getattr(stream, how)()
+            with pytest.raises(CallCancelled if how == "cancel" else StopAsyncIteration):
+                await asyncio.wait_for(first, 10)
+            assert [item async for item in stream] == []
+            if what == "upload":
+                busy.cancel()
+
+    asyncio.run(body())
+
+
+def test_a_task_that_opens_a_stream_and_is_cancelled_too_stays_cancelled() -> None:
     async def body(pool: AsyncPool) -> None:
-        await pool.start()
-        busy = asyncio.create_task(pool.call("echo", "sleep", 0.3))
-        await asyncio.sleep(0.05)
-        stream = pool.stream("echo", "echo", b"x" * (16 << 20))
+        stream = pool.stream("echo", "count", 3)
         first = asyncio.create_task(anext(stream))
-        await asyncio.sleep(0.05)
-        getattr(stream, how)()
-        with pytest.raises(CallCancelled if how == "cancel" else StopAsyncIteration):
+        await asyncio.sleep(0)
+        stream.cancel()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
             await first
-        await busy
-        assert await pool.call("echo", "echo", 1) == 1
-        assert pool.status()["echo"].in_flight == 0
 
     run(body)
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 from inferpool.errors import CallCancelled
 from inferpool.host.calls import Deadline, OpenCall, Steps, next_item, ready_items
@@ -115,6 +115,8 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         self._ended = False
         self._cancelled = False
         self._lock = asyncio.Lock()
+        # Whoever waits for the call to be open, until it is or has been called off.
+        self._opener: asyncio.Task[Any] | None = None
         # Items that came together with the last one.
         self._ready: deque[T] = deque()
         self._deadline: Deadline | None = None
@@ -130,11 +132,9 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
                 if self._deadline is None:
                     self._deadline = Deadline(self._timeout)
                 if self._opened is None:
-                    self._check_cancelled()
+                    self._check_ended()
                     self._opened = await self._open(self._deadline)
-                    self._check_cancelled()
-                    if self._ended:  # meanwhile, by another task
-                        raise StopAsyncIteration
+                    self._check_ended()
                 items = ready_items(self._opened)
                 if not items:
                     items = await self._driver.run(next_item(self._opened, self._deadline))
@@ -147,22 +147,39 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
             self._ready.extend(others)
         return first
 
-    def _check_cancelled(self) -> None:
+    def _check_ended(self) -> None:
         if self._cancelled:
-            raise CallCancelled("the call was cancelled")
+            raise CallCancelled("the call was cancelled") from None
+        if self._ended:
+            raise StopAsyncIteration from None
 
     async def _open(self, deadline: Deadline) -> OpenCall:
-        opening = self._opening
-        if self._reading is not None:
-            opening = partial(opening, await asyncio.to_thread(self._reading))
-            if self._ended:  # meanwhile, by another task
-                raise StopAsyncIteration
-        return await self._driver.run(opening(deadline))
+        """Open the call, which takes as long as a model loads or the worker reads nothing."""
+        task = self._opener = cast("asyncio.Task[Any]", asyncio.current_task())
+        cancelled_before = task.cancelling()
+        try:
+            opening = self._opening
+            if self._reading is not None:
+                opening = partial(opening, await asyncio.to_thread(self._reading))
+            return await self._driver.run(opening(deadline))
+        except asyncio.CancelledError:
+            # Who cancels the task as well wants more than an end of this call.
+            if (self._cancelled or self._ended) and task.uncancel() <= cancelled_before:
+                self._check_ended()
+            raise
+        finally:
+            self._opener = None
+
+    def _call_off(self) -> None:
+        opener, self._opener = self._opener, None
+        if opener is not None:
+            opener.cancel()
 
     def cancel(self) -> None:
         """End the call from any task; whoever iterates gets `CallCancelled`."""
         self._ready.clear()
         self._cancelled = True
+        self._call_off()
         if self._opened is not None:
             self._opened.cancel()
 
@@ -170,6 +187,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         """Stop the answer; iteration ends. Idempotent."""
         self._ended = True
         self._ready.clear()
+        self._call_off()
         if self._opened is not None:
             self._opened.abandon()
 
