@@ -159,8 +159,7 @@ def _probe(model: KnownModel) -> Check:
     try:
         with working(f"trying {model.name}"):
             roles: dict[str, Any] = {role: model.name}
-            pool = Pool(**roles)
-            with contextlib.closing(pool):
+            with Pool(**roles) as pool:
                 with _clock(seconds, "start"):
                     pool.start()
                 with _clock(seconds, "call"):

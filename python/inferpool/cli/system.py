@@ -76,6 +76,6 @@ def _try_eventfd() -> None:
 REQUIRED: list[tuple[str, str, Callable[[], None]]] = [
     ("memfd sealing", "shared memory that can't shrink under its reader", _try_memfd),
     ("pidfd_open", "noticing at once that a worker ended", _try_pidfd),
-    ("eventfd", "waking the other side", _try_eventfd),
+    ("eventfd", "waking the threads and event loops that wait", _try_eventfd),
 ]
 """Facilities of the kernel that the transport can't do without: name, use, a try."""
