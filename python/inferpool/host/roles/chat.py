@@ -15,7 +15,17 @@ from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult, Priority, read
 
-__all__ = ["AsyncChat", "Chat", "ChatOptions", "Messages", "Sampling", "read_given"]
+__all__ = [
+    "AsyncChat",
+    "Chat",
+    "ChatOptions",
+    "Messages",
+    "Sampling",
+    "as_deltas",
+    "as_turns",
+    "ask",
+    "read_given",
+]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -145,7 +155,7 @@ class Chat:
             InvalidRequest: the model can't do what is asked; it is a ValueError too.
         """
         request = _chat_request(messages, options)
-        return self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
+        return self._driver.run(ask(self._supervisor, self._driver, "chat", request, timeout))
 
     def complete(
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
@@ -155,7 +165,7 @@ class Chat:
         Arguments and errors are those of a plain call, but for messages and tools.
         """
         request = _completion_request(prompt, options)
-        return self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
+        return self._driver.run(ask(self._supervisor, self._driver, "chat", request, timeout))
 
     def stream(
         self,
@@ -171,7 +181,7 @@ class Chat:
         """
         request = _chat_request(messages, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
-        return Stream(self._driver, opening, timeout, _chat_deltas)
+        return Stream(self._driver, opening, timeout, as_deltas)
 
     def stream_complete(
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
@@ -179,7 +189,7 @@ class Chat:
         """As `complete`, piece by piece."""
         request = _completion_request(prompt, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
-        return Stream(self._driver, opening, timeout, _chat_deltas)
+        return Stream(self._driver, opening, timeout, as_deltas)
 
 
 class AsyncChat:
@@ -198,14 +208,14 @@ class AsyncChat:
     ) -> ChatResult:
         """As `Chat.__call__`."""
         request = _chat_request(messages, options)
-        return await self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
+        return await self._driver.run(ask(self._supervisor, self._driver, "chat", request, timeout))
 
     async def complete(
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
     ) -> ChatResult:
         """As `Chat.complete`."""
         request = _completion_request(prompt, options)
-        return await self._driver.run(_chat(self._supervisor, self._driver, request, timeout))
+        return await self._driver.run(ask(self._supervisor, self._driver, "chat", request, timeout))
 
     def stream(
         self,
@@ -217,7 +227,7 @@ class AsyncChat:
         """As `Chat.stream`, for ``async for``. The request is sent with the first item."""
         request = _chat_request(messages, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
-        return AsyncStream(self._driver, opening, timeout, _chat_deltas)
+        return AsyncStream(self._driver, opening, timeout, as_deltas)
 
     def stream_complete(
         self, prompt: str, *, timeout: float | None = None, **options: Unpack[CompletionOptions]
@@ -225,7 +235,7 @@ class AsyncChat:
         """As `Chat.stream_complete`, for ``async for``."""
         request = _completion_request(prompt, options)
         opening = partial(open_call, self._supervisor, self._driver, "chat.stream", request)
-        return AsyncStream(self._driver, opening, timeout, _chat_deltas)
+        return AsyncStream(self._driver, opening, timeout, as_deltas)
 
 
 def read_given(options: Mapping[str, Any], message: type[T]) -> T:
@@ -254,9 +264,7 @@ def read_given(options: Mapping[str, Any], message: type[T]) -> T:
 
 def _chat_request(messages: Messages, options: ChatOptions) -> ChatRequest | Naming:
     model = options.pop("model", None)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return naming(model, read_given({"messages": messages, **options}, ChatRequest))
+    return naming(model, read_given({"messages": as_turns(messages), **options}, ChatRequest))
 
 
 def _completion_request(prompt: str, options: CompletionOptions) -> ChatRequest | Naming:
@@ -264,12 +272,19 @@ def _completion_request(prompt: str, options: CompletionOptions) -> ChatRequest 
     return naming(model, read_given({"prompt": prompt, **options}, ChatRequest))
 
 
-def _chat(
-    supervisor: Supervisor, driver: Driver, request: ChatRequest | Naming, timeout: float | None
+def ask(
+    supervisor: Supervisor, driver: Driver, kind: str, request: Any, timeout: float | None
 ) -> Steps[ChatResult]:
-    payload = yield from call(supervisor, driver, "chat", request, timeout)
+    """Make a call of this kind whose answer is a `ChatResult`."""
+    payload = yield from call(supervisor, driver, kind, request, timeout)
     return read(payload, ChatResult)
 
 
-def _chat_deltas(items: Sequence[Any]) -> Sequence[ChatDelta]:
+def as_turns(messages: Messages) -> Sequence[Mapping[str, Any] | ChatMessage]:
+    """A conversation, of which a str is the only turn."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def as_deltas(items: Sequence[Any]) -> Sequence[ChatDelta]:
+    """The items of a streamed answer, checked."""
     return [read(item, ChatDelta) for item in items]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import numpy as np
 
-from inferpool.host.calls import Driver, Naming, Steps, call, open_call
+from inferpool.host.calls import Naming, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
-from inferpool.host.roles.chat import Messages, Sampling, read_given
+from inferpool.host.roles.chat import Messages, Sampling, as_deltas, as_turns, ask, read_given
 from inferpool.host.roles.naming import naming
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
@@ -88,7 +88,7 @@ class Vision:
             OSError: a file can't be read.
         """
         request = _request(image, prompt, options)()
-        return self._driver.run(_vision(self._supervisor, self._driver, request, timeout))
+        return self._driver.run(ask(self._supervisor, self._driver, "vision", request, timeout))
 
     def stream(
         self,
@@ -101,7 +101,7 @@ class Vision:
         """As a plain call, piece by piece. Closing the stream, or dropping it, stops the model."""
         request = _request(image, prompt, options)()
         opening = partial(open_call, self._supervisor, self._driver, "vision.stream", request)
-        return Stream(self._driver, opening, timeout, _deltas)
+        return Stream(self._driver, opening, timeout, as_deltas)
 
     def pdf(
         self,
@@ -150,7 +150,9 @@ class AsyncVision:
     ) -> ChatResult:
         """As `Vision.__call__`."""
         request = await asyncio.to_thread(_request(image, prompt, options))
-        return await self._driver.run(_vision(self._supervisor, self._driver, request, timeout))
+        return await self._driver.run(
+            ask(self._supervisor, self._driver, "vision", request, timeout)
+        )
 
     def stream(
         self,
@@ -163,7 +165,7 @@ class AsyncVision:
         """As `Vision.stream`, for ``async for``. Images are read, and sent, with the first item."""
         reading = _request(image, prompt, options)
         opening = partial(open_call, self._supervisor, self._driver, "vision.stream")
-        return AsyncStream(self._driver, opening, timeout, _deltas, reading)
+        return AsyncStream(self._driver, opening, timeout, as_deltas, reading)
 
     def pdf(
         self,
@@ -212,8 +214,7 @@ def _pdf_request(
 
 
 def _chat(prompt: Messages, options: Any) -> Conversation:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return read_given({"messages": messages, **options}, Conversation)
+    return read_given({"messages": as_turns(prompt), **options}, Conversation)
 
 
 def _image(image: Any) -> bytes | np.ndarray:
@@ -240,17 +241,6 @@ def _image(image: Any) -> bytes | np.ndarray:
     raise TypeError(
         "an image must be bytes, a path, a PIL image or an array, not " + type(image).__name__
     )
-
-
-def _vision(
-    supervisor: Supervisor, driver: Driver, request: VisionRequest | Naming, timeout: float | None
-) -> Steps[ChatResult]:
-    payload = yield from call(supervisor, driver, "vision", request, timeout)
-    return read(payload, ChatResult)
-
-
-def _deltas(items: Sequence[Any]) -> Sequence[ChatDelta]:
-    return [read(item, ChatDelta) for item in items]
 
 
 def _pages(items: Sequence[Any]) -> Sequence[PdfPage]:
