@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -13,6 +12,7 @@ from inferpool.errors import CallCancelled
 from inferpool.messages import ErrorInfo, Start
 from inferpool.worker import runtime
 from inferpool.worker.runtime import WorkerLoopState
+from inferpool.worker.sandbox import import_attribute
 
 __all__ = ["InProcessChannel"]
 
@@ -36,7 +36,7 @@ class InProcessChannel:
         Raises:
             ImportError, AttributeError: as the role's modules do, or lack.
         """
-        self._handlers = _import(role.handlers)
+        self._handlers = import_attribute(role.handlers)
         start = Start(
             role="test",
             incarnation=1,
@@ -47,7 +47,7 @@ class InProcessChannel:
             log_level="INFO",
             sys_path=[],
         )
-        session = _import(role.session)(start, _Abort())
+        session = import_attribute(role.session)(start, _Abort())
         self._state = WorkerLoopState(start, session)
         self._calls = 0
 
@@ -171,8 +171,3 @@ def _copy(parts: codec.Parts) -> codec.Parts:
 
 def _travel(payload: Any) -> Any:
     return codec.decode(_parts("options", payload))[1]
-
-
-def _import(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
