@@ -181,7 +181,7 @@ def open_call(
     model = None
     if isinstance(payload, Naming):
         model, payload = payload.model, payload.request
-    parts = codec.encode(kind, payload)
+    parts = encode(kind, payload)
     if kind != READY_KIND:  # which is no call of the user's
         deadline.set_default(supervisor.spec.policy.call_timeout)
         supervisor.admit(parts, model)

@@ -188,10 +188,7 @@ class Incarnation:
 
     def begin(self, kind: str, parts: codec.Parts) -> Flight | None:
         """Note a call that is about to be sent; None if this worker takes no more."""
-        flight = Flight(kind, parts)
-        if not self.flights:
-            self.watch.begin()
-        self.flights.add(flight)
+        flight = self.begun(kind, parts)
         # In this order: `retire` looks at the flights after it has said so.
         if self.retired:
             self.finish(flight)

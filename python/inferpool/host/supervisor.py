@@ -80,7 +80,7 @@ class Supervisor:
             model: which model that worker must have; the role is given it if it has another.
 
         Raises:
-            PoolClosed: `close` was called.
+            PoolClosed: the pool is closed.
             TypeError: the role has no model.
         """
         if self._closed:
@@ -100,8 +100,7 @@ class Supervisor:
         return best
 
     def _least_busy(self) -> Incarnation | None:
-        living = [each for each in self._places if each is not None and not each.ended]
-        return min(living, key=lambda each: len(each.flights), default=None)
+        return min(self.living(), key=lambda each: len(each.flights), default=None)
 
     def pause(self) -> float:
         """Seconds until a worker may be started, because others have crashed."""
@@ -118,7 +117,7 @@ class Supervisor:
             model: as in `current`.
 
         Raises:
-            PoolClosed: `close` was called.
+            PoolClosed: the pool is closed.
             RoleDegraded: there were too many crashes.
             WorkerStartError: the process could not be started.
         """

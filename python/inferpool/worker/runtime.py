@@ -102,7 +102,7 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         Raises:
             ValueError: part of another item is out. The call can still end, or fail.
         """
-        return self._request.try_send(codec.encode(kind, payload))
+        return self._request.try_send(encode(kind, payload))
 
     def defer(self) -> None:
         """Leave the call open when its handler returns, for `end` or `fail` to end it later."""
@@ -156,7 +156,7 @@ def report_loading(part: float) -> None:
         if (percent := int(100 * part)) > reported:
             # Nobody may wait any more, which a factory learns from its abort token.
             with contextlib.suppress(CallCancelled, PoolClosed):
-                request.try_send(codec.encode("loading", percent / 100))
+                request.try_send(encode("loading", percent / 100))
             _loading.set((request, percent))
 
 
@@ -197,7 +197,7 @@ def run_worker(
         seconds = time.monotonic() - began
         _log.info("incarnation %d ready in %.3f s", role_config.incarnation, seconds)
         if start_request is not None:
-            start_request.send(codec.encode("ready", Ready(load_seconds=seconds, sandbox=sandbox)))
+            start_request.send(encode("ready", Ready(load_seconds=seconds, sandbox=sandbox)))
             start_request.end()
         handlers = {READY_KIND: _answer_nothing, **kind_handlers}
         _dispatch(channel, handlers, WorkerLoopState(role_config, session), log)
@@ -300,10 +300,10 @@ def report_failure(request: Request, error: BaseException) -> None:
     # A call that has ended, or a worker that shuts down, takes no more frames.
     with contextlib.suppress(PoolClosed):
         try:
-            request.fail(codec.encode("error", info))
+            request.fail(encode("error", info))
         except PayloadTooLarge:
             short = ErrorInfo(type_name=info.type_name, message="(too long)", traceback="")
-            request.fail(codec.encode("error", short))
+            request.fail(encode("error", short))
 
 
 def _describe(error: BaseException) -> ErrorInfo:
@@ -326,7 +326,7 @@ def _encodable(text: str) -> str:
 
 def _is_plain(details: Any) -> bool:
     try:
-        codec.encode("details", msgspec.convert(details, dict[str, Any]))
+        encode("details", msgspec.convert(details, dict[str, Any]))
     except (TypeError, ValueError, msgspec.ValidationError):
         return False
     return True
