@@ -9,6 +9,7 @@ import pickle
 import resource
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from inferpool import (
     CallCancelled,
     CallTimeout,
     ContextLengthExceeded,
+    EmbedConfig,
     PayloadTooLarge,
     Policy,
     Pool,
@@ -481,6 +483,15 @@ def test_an_unknown_role_and_a_malformed_path_are_refused(pool: Pool) -> None:
         pool.chat("hello")
     with pytest.raises(ValueError, match=r"package\.module:attribute"):
         Role("echo_role", "echo_role:HANDLERS")
+
+
+@pytest.mark.parametrize(
+    "option", [{"replicas": 0}, {"replicas": 65}, {"retry": -1}, {"retry": 11}], ids=str
+)
+def test_what_the_host_knows_of_a_role_is_bounded(option: dict[str, int]) -> None:
+    for make in (EmbedConfig, partial(Role, "a:b")):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} must be between"):
+            make("c:d", **option)  # type: ignore[arg-type]
 
 
 def test_a_pool_that_is_dropped_ends_its_workers() -> None:

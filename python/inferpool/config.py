@@ -103,6 +103,18 @@ def _check_seconds(name: str, value: float) -> None:
         raise ValueError(f"{name} must not be negative: {value}")
 
 
+_RANGES = {
+    "replicas": (1, 64),
+    "retry": (0, 10),
+    "n_threads": (1, _MAX_THREADS),
+    "n_gpu_layers": (-1, 1 << 16),
+    "n_ctx": (0, MAX_CONTEXT_LENGTH),
+    "n_batch": (1, MAX_CONTEXT_LENGTH),
+    "n_parallel": (1, MAX_SEQUENCES),
+    "n_seq_max": (1, MAX_SEQUENCES),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hosting:
     """What the host needs to know of any role; none of it reaches the session."""
@@ -116,7 +128,11 @@ class Hosting:
     replica, such as ``[{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]``."""
 
     def __post_init__(self) -> None:
-        _check_range("replicas", self.replicas, 1, 64)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            is_left_open = value is None and option.default is None
+            if option.name in _RANGES and not is_left_open:
+                _check_range(option.name, value, *_RANGES[option.name])
         each = self.environment
         if not isinstance(each, Mapping) and len(each) not in {0, self.replicas}:
             raise ValueError(f"environment must have {self.replicas} mappings, not {len(each)}")
@@ -128,17 +144,6 @@ class Hosting:
         return self.environment[replica] if self.environment else {}
 
 
-_LLAMA_RANGES = {
-    "n_threads": (1, _MAX_THREADS),
-    "n_gpu_layers": (-1, 1 << 16),
-    "n_ctx": (0, MAX_CONTEXT_LENGTH),
-    "n_batch": (1, MAX_CONTEXT_LENGTH),
-    "n_parallel": (1, MAX_SEQUENCES),
-    "n_seq_max": (1, MAX_SEQUENCES),
-    "retry": (0, 10),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class _LlamaConfig(Hosting):
     """What every llama.cpp role has in common."""
@@ -148,7 +153,7 @@ class _LlamaConfig(Hosting):
     n_gpu_layers: int = 0
     """Layers kept on an accelerator; -1 means all."""
     flash_attn: bool = True
-    """Flash attention. Packed batches are slower without it (see ARCHITECTURE.md)."""
+    """Flash attention. Without it attention runs over all of a packed batch, which is slower."""
     sandbox: SandboxLevel | None = None
     """None takes ``"confined"``, or ``"basic"`` with an accelerator, whose drivers need more."""
 
@@ -156,11 +161,6 @@ class _LlamaConfig(Hosting):
         super().__post_init__()
         if self.sandbox is not None:
             _check_sandbox(self.sandbox)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            is_left_open = value is None and option.default is None
-            if option.name in _LLAMA_RANGES and not is_left_open:
-                _check_range(option.name, value, *_LLAMA_RANGES[option.name])
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,6 @@ class Role(Hosting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("retry", self.retry, 0, 10)
         _check_sandbox(self.sandbox)
         for name in ("session", "handlers"):
             module, separator, attribute = getattr(self, name).partition(":")
@@ -264,20 +263,14 @@ class Role(Hosting):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolOptions:
-    """What holds for every role of a pool."""
+    """What holds for every role of a pool; `inferpool.Pool` says what each means."""
 
-    log_dir: Path | None = None
-    """Folder of ``worker-<role>.log``; None keeps only a bounded tail in memory."""
-    log_level: str = "INFO"
-    policy: Policy = field(default_factory=Policy)
-    """Holds for every role that has none of its own."""
-    memory_budget: int | None = None
-    """Resident bytes that the workers may have together. Above it idle workers are released,
-    those first whose last call is longest ago."""
-    close_timeout: float = 2.0
-    """Seconds that a worker has to end by itself before it is killed."""
-    wait: str = "adaptive"
-    """``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins."""
+    log_dir: Path | None
+    log_level: str
+    policy: Policy
+    memory_budget: int | None
+    close_timeout: float
+    wait: str
 
     def __post_init__(self) -> None:
         if self.wait not in {"adaptive", "park"}:
@@ -315,8 +308,7 @@ def worker_environment(added: Mapping[str, str]) -> dict[str, str]:
     }
     environment = {**inherited, **added}
     # How long idle OpenMP threads spin before they sleep: long enough to bridge the gap
-    # between graph nodes, short enough that an idle worker uses no CPU. The default of
-    # libgomp and the passive policy are both slower (ARCHITECTURE.md).
+    # between graph nodes, short enough that an idle worker uses no CPU.
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     return environment
 
