@@ -27,7 +27,7 @@ class Embedder:
     """
 
     def __init__(
-        self, model: Model, packer: Packer, *, prompts: Mapping[str, str] | None = None
+        self, model: Model, packer: Packer, *, prompts: Mapping[str, str] | None
     ) -> None:
         """Prepare ``model``, whose rows ``packer`` computes; both stay the caller's to close.
 

@@ -163,8 +163,8 @@ class Packer:
         *,
         n_batch: int,
         n_seq_max: int,
-        n_threads: int | None = None,
-        flash_attn: bool = True,
+        n_threads: int | None,
+        flash_attn: bool,
     ) -> None:
         """Prepare ``model``, which stays the caller's to close.
 

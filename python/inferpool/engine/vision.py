@@ -38,11 +38,11 @@ class VisionEngine:
         model: Model,
         projector: Projector,
         *,
-        n_ctx: int | None = None,
-        n_batch: int = 512,
-        n_threads: int | None = None,
-        flash_attn: bool = True,
-        chat_template: str | None = None,
+        n_ctx: int | None,
+        n_batch: int,
+        n_threads: int | None,
+        flash_attn: bool,
+        chat_template: str | None,
     ) -> None:
         """Prepare ``model`` and ``projector``, which stay the caller's to close.
 
