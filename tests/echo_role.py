@@ -282,6 +282,7 @@ def facts(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
             "served": state.served,
             "dropped": state.dropped,
             "role": state.role_config.role,
+            "options": cast(Session, state.session).options,
             "modules": [name for name in sys.modules if name.startswith("inferpool.host")],
             "numpy": "numpy" in sys.modules,
         },

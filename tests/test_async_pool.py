@@ -58,17 +58,6 @@ def test_calls_and_streams() -> None:
     run(body)
 
 
-def test_many_tasks_get_their_own_answers() -> None:
-    async def body(pool: AsyncPool) -> None:
-        async def caller(number: int) -> None:
-            for turn in range(20):
-                assert await pool.call("echo", "echo", [number, turn]) == [number, turn]
-
-        await asyncio.gather(*(caller(number) for number in range(50)))
-
-    run(body)
-
-
 def test_large_payloads_both_ways_at_once() -> None:
     async def body(pool: AsyncPool) -> None:
         array = np.arange((24 << 20) // 8)
@@ -382,7 +371,7 @@ def test_two_loops_share_a_pool() -> None:
 
 def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
     """One worker serves threads and an event loop together."""
-    seconds = 10.0
+    seconds = 3.0
     with Pool(echo=echo_role()) as pool:
         shared = pool.as_async()
         wrong: list[object] = []
@@ -416,7 +405,7 @@ def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
         assert all(done)
         status = pool.status()["echo"]
         assert status.in_flight == 0
-        assert eventually(lambda: pool.status()["echo"].counters["dropped_late"] == 0)
+        assert status.counters["dropped_late"] == 0
 
 
 def test_tasks_may_share_a_stream() -> None:

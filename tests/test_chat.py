@@ -37,7 +37,7 @@ def schema(**fields: Any) -> dict[str, Any]:
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "no messages": ([], {}, ValueError, "messages must not be empty"),
-    "no text": ("", {"max_tokens": 0}, ValueError, "max_tokens"),
+    "no tokens": ("hi", {"max_tokens": 0}, ValueError, "max_tokens"),
     "messages of a number": (5, {}, TypeError, "messages"),
     "message of a text": (["hi"], {}, TypeError, r"messages\[0\]"),
     "wrong role": ([{"role": "robot", "content": "x"}], {}, ValueError, "role"),
@@ -219,8 +219,8 @@ def test_formats_tools_and_logprobs_cross_the_boundary(chat_pool: Pool) -> None:
 
 def test_a_long_conversation_goes_on_without_its_beginning(chat_pool: Pool) -> None:
     messages: list[Any] = [{"role": "system", "content": "Be brief."}]
-    for turn in range(12):
-        messages.append({"role": "user", "content": f"Turn {turn}. " + "Tell me more. " * 8})
+    for turn in range(7):
+        messages.append({"role": "user", "content": f"Turn {turn}. " + "Tell me more. " * 20})
         result = chat_pool.chat(messages, max_tokens=16, temperature=0)
         messages.append(result.message)
     assert result.dropped_messages > 2

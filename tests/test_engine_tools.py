@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from engine_fakes import SETTINGS, stream
 from hypothesis import given
@@ -25,6 +26,7 @@ from inferpool.engine.formats import (
 from inferpool.engine.grammar import Grammar, GrammarState
 from inferpool.engine.model import Model
 from inferpool.engine.prompt import PromptBuilder
+from inferpool.engine.sampler import Candidates
 from inferpool.engine.turns import as_text, turns
 from inferpool.errors import InvalidRequest
 from inferpool.messages import (
@@ -148,11 +150,15 @@ def test_a_forced_call_is_one_that_can_be_read(model: Model, family: str) -> Non
     favoured.sort(
         key=lambda t: (not pieces[t].isascii(), not pieces[t].strip(), -len(pieces[t]), t)
     )
+    candidates = Candidates(model.n_vocab)
     text = b""
     for _ in range(200):
         if state.allows(end):
             break
-        token = next(t for t in favoured if state.allows(t))
+        candidates.fill(np.zeros(model.n_vocab, np.float32))
+        candidates.apply(state.handle)
+        allowed = candidates._data["logit"] == 0.0
+        token = next(t for t in favoured if allowed[t])
         state.accept(token)
         text += pieces[token]
     state.close()

@@ -280,7 +280,7 @@ def interrupted_from_another_thread(wait: Callable[[], object]) -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         wait()
-    assert time.monotonic() - began < 2  # so it was not the wait's own end
+    assert time.monotonic() - began < 10  # so it was not the wait's own end, after 20 s or more
     timer.join()
 
 

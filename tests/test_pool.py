@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from conftest import descriptors, echo_role, eventually
+from conftest import echo_role, eventually
 
 from inferpool import (
     CallCancelled,
@@ -442,9 +442,9 @@ def test_roles_do_not_wait_for_each_other() -> None:
 
 
 def test_options_reach_the_session_and_roles_their_name() -> None:
-    role = Role("echo_role:make_session", "echo_role:HANDLERS", {"some": [1, b"2"]})
-    with Pool(echo=role) as pool:
-        assert pool.call("echo", "facts")["role"] == "echo"
+    with Pool(echo=echo_role(some=[1, b"2"])) as pool:
+        facts = pool.call("echo", "facts")
+    assert (facts["role"], facts["options"]) == ("echo", {"some": [1, b"2"]})
 
 
 @pytest.mark.parametrize(
@@ -499,18 +499,6 @@ def test_a_pool_that_is_dropped_ends_its_workers() -> None:
     pid = pool.call("echo", "facts")["pid"]
     assert pid
     del pool  # the fixture that watches for workers does the rest
-
-
-def test_worker_lifetimes_leave_no_descriptor_behind() -> None:
-    def live() -> None:
-        with Pool(echo=echo_role()) as pool:
-            pool.call("echo", "echo")
-
-    live()
-    before = descriptors()
-    for _ in range(5):
-        live()
-    assert descriptors() == before
 
 
 def test_more_calls_than_slots_wait_their_turn(pool: Pool) -> None:

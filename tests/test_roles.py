@@ -154,25 +154,6 @@ def test_conversations_and_options(models: Pool) -> None:
     assert "two" not in stopped.text
 
 
-@pytest.mark.parametrize(
-    ("messages", "options", "error", "text"),
-    [
-        ([], {}, ValueError, "messages"),
-        ([{"role": "nobody", "content": "x"}], {}, ValueError, "role"),
-        ([{"role": "user"}], {}, ValueError, "content"),
-        ("x", {"temprature": 1}, TypeError, "temprature"),
-        ("x", {"temperature": "hot"}, TypeError, "temperature"),
-        ("x", {"temperature": -1}, ValueError, "temperature"),
-        ("x", {"max_tokens": 0}, ValueError, "max_tokens"),
-    ],
-)
-def test_bad_requests_are_refused_by_name(
-    models: Pool, messages: object, options: dict[str, object], error: type[Exception], text: str
-) -> None:
-    with pytest.raises(error, match=text):
-        models.chat(messages, **options)  # type: ignore[arg-type]
-
-
 def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(models: Pool) -> None:
     with pytest.raises(ContextLengthExceeded) as caught:
         models.chat("word " * 10_000)

@@ -26,9 +26,7 @@ class Embedder:
         n_ctx: tokens a text may have at most, special tokens included.
     """
 
-    def __init__(
-        self, model: Model, packer: Packer, *, prompts: Mapping[str, str] | None
-    ) -> None:
+    def __init__(self, model: Model, packer: Packer, *, prompts: Mapping[str, str] | None) -> None:
         """Prepare ``model``, whose rows ``packer`` computes; both stay the caller's to close.
 
         Args:
