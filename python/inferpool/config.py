@@ -64,7 +64,7 @@ class Policy:
     """How a role's workers are watched, restarted and released. Times are in seconds."""
 
     start_timeout: float = 120.0
-    """Until a worker must have built its session."""
+    """How long a worker may take to build its session."""
     stuck_after: float | None = 60.0
     """How long a worker with calls in flight may show no progress before it is killed; None
     never kills one. Frames, decoded tokens and looks at an abort token are progress."""
@@ -75,14 +75,14 @@ class Policy:
     it degraded."""
     crash_window: float = 60.0
     backoff: float = 0.1
-    """Before the second restart within the window; doubled for each further one, up to 5 s, and
-    shortened at random by up to half."""
+    """Pause before the second restart within the window; doubled for each further one, up to 5 s,
+    and shortened at random by up to half."""
     idle_timeout: float | None = None
     """How long a worker without calls is kept; None keeps it. Pings are no calls."""
     keep_alive: bool = False
     """Never release the worker: not when it is idle, and not for the pool's memory budget."""
     max_queue: int | None = None
-    """Calls in flight at which further ones are refused with `QueueFull`."""
+    """Calls in flight at most; further ones are refused with `QueueFull`. None sets no limit."""
     call_timeout: float | None = None
     """The ``timeout`` of calls that have none of their own."""
 

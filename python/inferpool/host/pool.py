@@ -136,8 +136,8 @@ class _Base:
             policy: how workers are watched, restarted and released, for each role that has no
                 policy of its own.
             memory_budget: resident bytes that the workers may have together. Above it idle
-                workers are released, those first whose last call is longest ago.
-            close_timeout: seconds that workers have to end by themselves.
+                workers are released, the least recently used first.
+            close_timeout: seconds that workers have to end by themselves before they are killed.
             wait: ``"adaptive"`` spins briefly before it sleeps, ``"park"`` never spins.
             **roles: ``chat=``, ``embed=`` and ``rerank=`` take a model's name or path, or a
                 config; ``vision=`` takes a config; any other name takes a `Role`.

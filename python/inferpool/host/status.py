@@ -65,8 +65,8 @@ class RoleStatus:
     model: str | None
     """By name or path, as its next worker will have it; None for a role without one."""
     state: str
-    """The most that any worker of the role can do: ``"busy"``, ``"ready"``, ``"starting"``;
-    without one ``"dead"`` (until the next call), ``"stopped"`` or ``"degraded"``."""
+    """``"busy"``, ``"ready"`` or ``"starting"``: the first of these that any of its workers is;
+    without a worker ``"dead"`` (until the next call), ``"stopped"`` or ``"degraded"``."""
     pid: int | None
     incarnation: int
     """How many workers the role has had so far."""
