@@ -189,7 +189,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation, in OpenAI's shape."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    """``"developer"`` is what OpenAI calls the system now; templates don't, and it becomes that."""
+    """``"developer"``, OpenAI's newer name, becomes ``"system"``, which is what templates know."""
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] = []
     """Of an assistant's turn: the calls that it made."""

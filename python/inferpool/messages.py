@@ -266,6 +266,6 @@ class PdfPage(msgspec.Struct, frozen=True, kw_only=True):
     """How many pages the document has."""
     text: str
     finish_reason: FinishReason | Literal["timeout"]
-    """``"timeout"``: the page took longer than it may, and the text is what there was by then."""
+    """``"timeout"``: the page ran out of time, and the text is what had been written by then."""
     usage: Usage | None
     """None after a timeout."""

@@ -80,7 +80,7 @@ def add_schema(builder: GrammarBuilder, schema: Any, what: str, root: Any = None
         root: the schema that it is a part of, to which its references refer; None: itself.
 
     Raises:
-        InvalidRequest: the schema is none, asks for what a grammar can't keep to, or has no
+        InvalidRequest: it is not a JSON schema, asks for what a grammar can't express, or has no
             instances; with the keyword and its place.
     """
     return SchemaConverter(builder, schema if root is None else root, what).convert(schema)

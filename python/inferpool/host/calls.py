@@ -65,7 +65,7 @@ _PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
 class Deadline:
-    """The end of a call's ``timeout``, which began with the call, at `began`, or begins now."""
+    """When a call's ``timeout`` runs out, which began at `began`, or begins now."""
 
     __slots__ = ("_at", "_began", "_timeout")
 
@@ -266,8 +266,8 @@ def _started(
 def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
     """Wait until the worker has let go of calls that were given up, or was killed for not doing so.
 
-    A request behind them would share their fate, unless the worker has not begun with them: it
-    never will. Where others are in flight, it may as well join.
+    A request behind them would share their fate. Not so if the worker has begun with none of them,
+    since it never will; and if other calls are in flight, one more may as well join them.
     """
     pauses = iter(_PAUSES)
     pause = 0.0

@@ -174,7 +174,7 @@ class Incarnation:
             return self.ready is not None
 
     def in_flight(self) -> list[int]:
-        """Ids of the calls that have not ended; the one that starts the worker is none."""
+        """Ids of the calls that have not ended; the start message does not count."""
         return [id for id in self.channel.in_flight() if id != self._startup.id]
 
     def cancel_all(self) -> int:

@@ -34,10 +34,10 @@ class Startup:
         call.send()
 
     def poll(self) -> None:
-        """Take note of what the worker has said meanwhile.
+        """Note what the worker has said meanwhile.
 
         Raises:
-            ProtocolError: that is nothing which a worker says.
+            ProtocolError: it is nothing that a worker says.
         """
         while self._call is not None:
             try:

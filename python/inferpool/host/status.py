@@ -19,7 +19,7 @@ class CallStatus:
     taken: bool
     """Whether the worker has begun with it; others wait in its queue."""
     given_up: bool
-    """Whether it has ended here: by its timeout, or cancelled."""
+    """Whether its caller has given it up, by a timeout or by cancelling it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class WorkerStatus:
     incarnation: int
     """Which of the role's workers this is, from 1."""
     replica: int
-    """Which of the role's places it has, from 0."""
+    """Which of the role's replicas it is, from 0."""
     uptime: float
     """Seconds since it was started."""
     loading: float

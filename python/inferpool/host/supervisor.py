@@ -157,7 +157,7 @@ class Supervisor:
         return [each for each in self._places if each is not None and not each.ended]
 
     def replace(self, incarnation: Incarnation) -> None:
-        """Take note that a worker has ended."""
+        """Note that a worker has ended."""
         with self._lock:
             if incarnation in self._members:
                 self._end(incarnation)
@@ -169,7 +169,7 @@ class Supervisor:
         return explained
 
     def became_ready(self) -> None:
-        """Take note that a session stands, which may need more memory than there should be."""
+        """Note that a session is ready; with it the pool may be above its memory budget."""
         self._budget.make_room(self, 0)
 
     def cancel_all(self) -> int:
@@ -266,7 +266,7 @@ class Supervisor:
             self._end(each, max(0.0, deadline - time.monotonic()))
 
     def _sweep(self) -> None:
-        """Take note of workers that have ended by themselves."""
+        """Note which workers have ended by themselves."""
         for each in list(self._members):
             if not each.asked_to_end and not each.alive:
                 self._end(each)

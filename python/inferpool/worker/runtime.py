@@ -43,12 +43,12 @@ RoleConfig = Start
 """What a session factory is told: role, options, log path and so on."""
 
 LOG_CHECK_SECONDS = 0.001
-"""Asking for the log's size takes a tenth of what a short request does."""
+"""Least time between two looks at the log's size, which take a tenth of a short request each."""
 
 UNCONFINED = SandboxReport(level="basic")
 
 TAKING_SECONDS = 0.01
-"""How long requests are taken, as long as there are any, between two steps of a session."""
+"""How long requests are taken at most between two steps of a session."""
 
 _log = logging.getLogger("inferpool.worker")
 

@@ -105,8 +105,8 @@ class CompletionOptions(Sampling, total=False):
     """Options of a text's completion."""
 
     cache_prompt: bool | None
-    """Whether to go on from what an earlier prompt left in memory, which saves most of a prompt's
-    time and may change the rounding, and so now and then a token. None: unless a seed is given."""
+    """Whether to continue from what an earlier prompt left in memory. That saves most of a prompt's
+    time but may change the rounding, and so a token now and then. None: unless a seed is given."""
     priority: Priority | None
     """Default "interactive"; "bulk" waits until no other call waits for its turn."""
 
