@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.embed import TEXT
 from benchmarks.llama_peers import THREADS, Server, llama, llama_server
-from benchmarks.measure import Row, interleaved, seconds
+from benchmarks.measure import Row, interleaved, seconds, summed
 from inferpool import ChatConfig, ChatResult, Pool
 
 SLOTS = 8
@@ -135,21 +136,22 @@ def _first_token(pool: Pool, server: Server | None, rounds: int) -> list[Row]:
         ]
         return seconds(lambda: first_token({**first, "messages": turns}))
 
-    def of(first_token: Callable[[dict[str, Any]], None]) -> dict[str, Callable[[], float]]:
-        return {
-            "1000 tokens": lambda: seconds(lambda: first_token(_asked(_text(1000), max_tokens=1))),
-            "second turn after 1000 tokens": lambda: second_turn(first_token),
-            "a chunk of 512 tokens": lambda: seconds(
-                lambda: first_token(_asked(_text(480), max_tokens=1))
-            ),
-            "short": lambda: seconds(lambda: first_token(_asked(_question(), max_tokens=1))),
-            "short, beside a prompt of 1500": lambda: during_prefill(first_token),
-        }
+    def of(text: Callable[[], str]) -> Callable[[Callable[[dict[str, Any]], None]], float]:
+        return lambda first_token: seconds(lambda: first_token(_asked(text(), max_tokens=1)))
 
-    rows = interleaved("first token, inferpool", of(of_pool), rounds=rounds, repeats=1, unit="s")
-    if server is not None:
-        peer = of(server.first_token)
-        rows += interleaved("first token, llama-server", peer, rounds=rounds, repeats=1, unit="s")
+    scenes = {
+        "1000 tokens": of(lambda: _text(1000)),
+        "second turn after 1000 tokens": second_turn,
+        "a chunk of 512 tokens": of(lambda: _text(480)),
+        "short": of(_question),
+        "short, beside a prompt of 1500": during_prefill,
+    }
+    rows: list[Row] = []
+    for what, scene in scenes.items():
+        contenders = {} if server is None else {"llama-server": partial(scene, server.first_token)}
+        contenders["inferpool"] = partial(scene, of_pool)
+        name = f"first token, {what}"
+        rows += interleaved(name, contenders, rounds=rounds, repeats=1, unit="s")
     return rows
 
 
@@ -173,11 +175,10 @@ def _cancel(pool: Pool, repeats: int) -> list[Row]:
     for other in others:
         other.close()
     name = "cancel in a prompt of 1,500 tokens"
-    rows = []
-    for what, values in (("until the call has ended", ended), ("a short call in its slot", freed)):
-        p50, p99 = np.quantile(values, [0.5, 0.99])
-        rows.append(Row(name, what, "s", float(p50), float(p99), 1.0, len(values)))
-    return rows
+    return [
+        summed(name, "until the call has ended", ended),
+        summed(name, "a short call in its slot", freed),
+    ]
 
 
 def _agreement(pool: Pool, llama: Any, number: int) -> list[Row]:

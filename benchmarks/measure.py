@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -50,19 +50,24 @@ def interleaved(
     rows = []
     for name, values in samples.items():
         ratios = [own / base for own, base in zip(medians[name], medians[first], strict=True)]
-        ordered = sorted(values)
-        rows.append(
-            Row(
-                comparison=comparison,
-                contender=name,
-                unit=unit,
-                p50=statistics.median(ordered),
-                p99=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
-                ratio=statistics.median(ratios),
-                samples=len(ordered),
-            )
-        )
+        rows.append(summed(comparison, name, values, unit=unit, ratio=statistics.median(ratios)))
     return rows
+
+
+def summed(
+    comparison: str, contender: str, values: Sequence[float], *, unit: str = "s", ratio: float = 1.0
+) -> Row:
+    """The row of some samples. Of at most 100, the p99 is the worst one."""
+    ordered = sorted(values)
+    return Row(
+        comparison=comparison,
+        contender=contender,
+        unit=unit,
+        p50=statistics.median(ordered),
+        p99=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
+        ratio=ratio,
+        samples=len(ordered),
+    )
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from benchmarks.measure import summed
 from benchmarks.waiting import busy
 from inferpool import (
     CallTimeout,
@@ -135,11 +136,11 @@ def main() -> None:
     for name, repeats, measure in rows:
         if not name.startswith(tuple(sys.argv[1:]) or name):
             continue
-        values = sorted(measure() * 1e3 for _ in range(repeats))
-        p99 = values[min(len(values) - 1, int(len(values) * 0.99))]
+        values = [measure() * 1e3 for _ in range(repeats)]
+        row = summed("supervision", name, values, unit="ms")
         print(
-            f"{name:38} n={repeats:3}  p50 {values[len(values) // 2]:7.1f} ms"
-            f"  p99 {p99:7.1f} ms  worst {values[-1]:7.1f} ms",
+            f"{name:38} n={repeats:3}  p50 {row.p50:7.1f} ms  p99 {row.p99:7.1f} ms"
+            f"  worst {max(values):7.1f} ms",
             flush=True,
         )
     for pool in (slow, hangs, holds, plain):

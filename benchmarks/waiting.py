@@ -17,23 +17,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.measure import Row, interleaved, seconds
+from benchmarks.measure import Row, interleaved, seconds, summed
 from benchmarks.transport import ECHO
 from inferpool import ChatConfig, Pool, WorkerCrashed
-
-
-def _row(comparison: str, contender: str, values: list[float], base: float | None = None) -> Row:
-    ordered = sorted(values)
-    median = statistics.median(ordered)
-    return Row(
-        comparison=comparison,
-        contender=contender,
-        unit="s",
-        p50=median,
-        p99=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
-        ratio=median / (base or median),
-        samples=len(ordered),
-    )
 
 
 def _hold_gil(span: float) -> None:
@@ -117,12 +103,12 @@ def liveness(*, quick: bool) -> list[Row]:
             pool.start()
             ours, theirs = _as_asked(_pings(pool, span)), _as_asked(_beats_of_a_thread(span))
         name = f"ping while Python is held for {span:g} s{load}"
-        base = statistics.median(theirs)
-        rows.append(_row(name, "a Python thread's heartbeat", theirs, base))
-        rows.append(_row(name, "inferpool", ours, base))
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        rows.append(summed(name, "a Python thread's heartbeat", theirs))
+        rows.append(summed(name, "inferpool", ours, ratio=ratio))
         high = sorted(ours)[int(len(ours) * 0.999)]
         print(f"{name}: p99.9 {high * 1e3:.3g} ms, max {max(ours) * 1e3:.3g} ms", file=sys.stderr)
-    return [*rows, _row("SIGKILL to WorkerCrashed", "inferpool", _kills(10 if quick else 200))]
+    return [*rows, summed("SIGKILL to WorkerCrashed", "inferpool", _kills(10 if quick else 200))]
 
 
 def _kills(number: int) -> list[float]:
