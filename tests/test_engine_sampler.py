@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from engine_fakes import SETTINGS, stream
 from engine_fakes import tokens as first_tokens
 from llama_cpp import Llama
+from tiny_models import write_qwen3
 
 from inferpool.engine.answer import collect
 from inferpool.engine.backend import lib
@@ -187,6 +189,22 @@ def test_logit_bias_bans_and_forces(model: Model, context: Context, logits: np.n
     assert draw(model, context, temperature=0, logit_bias={str(second): 100.0}) == second
     with pytest.raises(InvalidRequest, match=f"token {model.n_vocab} is outside"):
         draw(model, context, logit_bias={model.n_vocab: 1.0})
+
+
+def test_what_a_model_suppresses_is_never_drawn(tmp_path: Path) -> None:
+    def first(options: dict[str, Any], suppressed: list[int]) -> int:
+        path = write_qwen3(tmp_path / f"{len(suppressed)}.gguf", "chat", suppressed=suppressed)
+        with closing(Model(path)) as model:
+            engine = ChatEngine(model, **{**SETTINGS, "n_ctx": 256}, chat_template="-")
+            with closing(engine):
+                asked = ChatRequest(prompt="yes", temperature=0, **options)
+                return first_tokens(engine, asked, 1)[0]
+
+    likeliest = first({}, [])
+    for options in ({}, {"repeat_penalty": 1.1}, {"grammar": "root ::= [^\\x00]*"}):
+        assert first(options, [likeliest]) != likeliest
+    assert first({"logit_bias": {likeliest: 1e6}}, []) == likeliest
+    assert first({"logit_bias": {likeliest: 1e6}}, [likeliest]) != likeliest
 
 
 @pytest.mark.parametrize("options", [{"mirostat": 2}, {"xtc_probability": 1.0}, {"seed": 3}])

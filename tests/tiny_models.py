@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,14 +33,15 @@ def write_qwen3(
     *,
     seed: int = 7,
     templates: Mapping[str, str] | None = None,
+    suppressed: Sequence[int] = (),
 ) -> Path:
     """A decoder of the architecture ``qwen3``; all kinds share a seed's weights, and vocabulary.
 
     ``chat`` continues a text, ``embed`` pools the last token, ``rerank`` turns the logits of
-    "yes" and "no" after its template into probabilities. ``templates`` are chat templates by name.
+    "yes" and "no" after its template into probabilities. ``templates`` are chat templates by name,
+    ``suppressed`` ids of tokens that must never be drawn.
     """
-    tokens = _bytes_as_characters()
-    tokens += [merge.replace(" ", "") for merge in _MERGES]
+    tokens = _bytes_as_characters() + [merge.replace(" ", "") for merge in _MERGES]
     n_normal = len(tokens)
     tokens += [START, END]
     writer = gguf.GGUFWriter(path, "qwen3")
@@ -63,6 +64,7 @@ def write_qwen3(
     writer.add_eos_token_id(tokens.index(END))
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(kind == "embed")
+    writer.add_array("tokenizer.ggml.suppress_tokens", list(suppressed))
     random = np.random.default_rng(seed)
 
     def add(name: str, *shape: int, scale: float = 0.3) -> np.ndarray:

@@ -92,6 +92,7 @@ _REQUIRED = {
     "llama_vocab_get_add_eos": 1,
     "llama_vocab_get_add_sep": 1,
     "llama_vocab_get_attr": 2,
+    "llama_vocab_get_suppress_tokens": 2,
     "llama_vocab_get_text": 2,
     "llama_vocab_is_eog": 2,
     "llama_vocab_n_tokens": 1,

@@ -190,6 +190,13 @@ class Model:
         """Whether a prompt goes through an encoder before the decoder (T5)."""
         return bool(lib.llama_model_has_encoder(self.handle))
 
+    @functools.cached_property
+    def suppressed(self) -> list[int]:
+        """Ids of tokens that must never be drawn (``tokenizer.ggml.suppress_tokens``)."""
+        n = ctypes.c_int32()
+        tokens = lib.llama_vocab_get_suppress_tokens(self._vocab, ctypes.byref(n))
+        return [tokens[i] for i in range(n.value)]
+
     def is_eog(self, token: int) -> bool:
         """Whether ``token`` ends a generation (EOS, EOT, ``<|im_end|>`` …)."""
         return bool(lib.llama_vocab_is_eog(self._vocab, token))

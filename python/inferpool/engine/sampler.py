@@ -83,6 +83,7 @@ class Sampler:
             lib.llama_sampler_chain_default_params()
         )
         self._grammar: GrammarState | None = None
+        self._has_bias = False
         try:
             self._add_bias()
             self._add_choice()
@@ -188,7 +189,10 @@ class Sampler:
                     f"logit_bias: token {token} is outside the vocabulary of "
                     f"{self._model.n_vocab} tokens"
                 )
+        # As llama.cpp's common_sampler_init does: placeholders of images, say, which mean nothing.
+        biases |= dict.fromkeys(self._model.suppressed, -np.inf)
         if biases:
+            self._has_bias = True
             pairs = np.array(list(biases.items()), [("token", np.int32), ("bias", np.float32)])
             native = pairs.ctypes.data_as(ctypes.POINTER(lib.llama_logit_bias))
             self._add(lib.llama_sampler_init_logit_bias(self._model.n_vocab, len(biases), native))
@@ -203,7 +207,7 @@ class Sampler:
             self._add_penalties()
         if greedy:
             self._add(lib.llama_sampler_init_greedy())
-            self._likeliest = not self._memory and not asked.logit_bias
+            self._likeliest = not self._memory and not self._has_bias
             return
         if asked.mirostat == 0:
             self._add(lib.llama_sampler_init_top_k(asked.top_k))
