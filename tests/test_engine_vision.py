@@ -55,6 +55,20 @@ def pdf(n_pages: int) -> bytes:
     return encoded(pages[0], "PDF", save_all=True, append_images=pages[1:])
 
 
+def form(value: str) -> bytes:
+    """A page of 200 by 100 points, on which a field holds a text, and nothing else is."""
+    field = "/Subtype/Widget/FT/Tx/T(name)/Rect[20 20 180 60]/DA(/F 24 Tf 0 g)"
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]/DR<</Font<</F 5 0 R>>>>>>>>",
+        "<</Type/Pages/Count 1/Kids[3 0 R]>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 100]/Annots[4 0 R]/Resources<<>>>>",
+        f"<</Type/Annot{field}/F 4/P 3 0 R/V({value})>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    numbered = [f"{i} 0 obj{text}endobj" for i, text in enumerate(objects, 1)]
+    return "\n".join(["%PDF-1.7", *numbered, "trailer<</Root 1 0 R>>"]).encode()
+
+
 def request(text: str = "What is this?", **options: Any) -> ChatRequest:
     options = {"max_tokens": 8, "temperature": 0.0, **options}
     return ChatRequest(messages=[ChatMessage(role="user", content=text)], **options)
@@ -316,6 +330,14 @@ def test_a_huge_page_is_made_smaller() -> None:
     image = Image.new("RGB", (2000, 10), "red")
     with closing(Document(encoded(image, "PDF", resolution=10))) as document:
         assert max(document.rasterise(1, 1200).shape) == 4096
+
+
+def test_what_fields_of_a_form_hold_is_drawn() -> None:
+    drawn = []
+    for value in ("", "Yes", "Yes, all of it"):
+        with closing(Document(form(value))) as document:
+            drawn.append((document.rasterise(1, 72) < 128).sum())
+    assert 0 == drawn[0] < drawn[1] < drawn[2]
 
 
 @pytest.mark.parametrize(

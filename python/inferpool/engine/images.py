@@ -34,6 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # its own limit warns, or raises without the numb
 # Longest side of a rasterised page; a PDF may declare pages of 5 m.
 _MAX_PAGE_SIDE = 4096
 _POINTS_PER_INCH = 72
+_FLAGS = pdfium.raw.FPDF_ANNOT | pdfium.raw.FPDF_REVERSE_BYTE_ORDER
 
 
 def decode_image(image: object, name: str) -> Pixels:
@@ -104,6 +105,8 @@ class Document:
         """
         try:
             self._pdf = pdfium.PdfDocument(data, password=password)
+            # What fields of a form hold is drawn only where this comes before the first page.
+            self._pdf.init_forms()
         except pdfium.PdfiumError as error:
             if error.err_code == pdfium.raw.FPDF_ERR_PASSWORD:
                 hint = "pass password=" if password is None else "the password is wrong"
@@ -146,6 +149,8 @@ class Document:
             )
             bitmap.fill_rect((255, 255, 255, 255), 0, 0, *size)
             _render(page, bitmap, size, abort)
+            if self._pdf.formenv is not None:
+                pdfium.raw.FPDF_FFLDraw(self._pdf.formenv, bitmap, page, 0, 0, *size, 0, _FLAGS)
             return np.array(bitmap.to_numpy(), order="C")
         finally:
             page.close()
@@ -159,8 +164,7 @@ def _render(
     pausing = dict(raw.IFSDK_PAUSE._fields_)["NeedToPauseNow"]
     look = pausing(lambda _pause: abort is not None and abort.is_set())
     pause = raw.IFSDK_PAUSE(version=1, NeedToPauseNow=look, user=None)
-    flags = raw.FPDF_ANNOT | raw.FPDF_REVERSE_BYTE_ORDER
-    status = raw.FPDF_RenderPageBitmap_Start(bitmap, page, 0, 0, *size, 0, flags, pause)
+    status = raw.FPDF_RenderPageBitmap_Start(bitmap, page, 0, 0, *size, 0, _FLAGS, pause)
     try:
         while status == raw.FPDF_RENDER_TOBECONTINUED:
             if abort is not None and abort.is_set():
