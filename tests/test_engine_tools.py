@@ -108,7 +108,7 @@ def test_the_calls_of_every_family_are_read_however_they_are_cut(
     family: str, cuts: list[int]
 ) -> None:
     template, text = FAMILIES[family]
-    result = parsed(text, cuts, calls=form_of(template))
+    result = parsed(text, cuts, calls=form_of(template), reasoning=reasoning_of(template))
     assert calls_of(result) == [
         ("get_weather", {"city": 'Rome "}', "days": 3}),
         ("get_weather", {"city": "Oslo", "days": 1}),
@@ -123,7 +123,7 @@ def test_the_calls_of_every_family_are_read_however_they_are_cut(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arguments_arrive_while_they_are_written(family: str) -> None:
     template, text = FAMILIES[family]
-    parser = AnswerParser(calls=form_of(template), tools=TOOLS)
+    parser = AnswerParser(calls=form_of(template), reasoning=reasoning_of(template), tools=TOOLS)
     pieces = []
     for byte in text.encode():
         delta = parser.push(bytes([byte]))
@@ -162,7 +162,7 @@ def test_a_forced_call_is_one_that_can_be_read(model: Model, family: str) -> Non
         state.accept(token)
         text += pieces[token]
     state.close()
-    result = parsed(text.decode(), calls=form)
+    result = parsed(text.decode(), calls=form, reasoning=reasoning_of(template))
     assert [call.function.name for call in result.tool_calls] in (["get_weather"], ["clock"])
     [(name, arguments)] = calls_of(result)
     assert set(arguments) == ({"city", "days"} if name == "get_weather" else set())
@@ -409,6 +409,17 @@ def test_calls_and_results_reach_the_template_in_its_shape() -> None:
     assert call["content"] == ""
     assert second == {"role": "tool", "content": "noon", "tool_call_id": "2"}
     assert first["content"] == "12:00"
+
+
+def test_calls_are_shown_one_by_one_where_the_template_takes_one_in_a_turn() -> None:
+    messages = read([*CONVERSATION, CONVERSATION[0], *CONVERSATION[1:]], list[ChatMessage])
+    told = turns(messages, form_of(FAMILIES["llama"][0]))
+    exchange = ["user", *["assistant", "tool"] * 2]
+    assert [turn["role"] for turn in told] == exchange * 2
+    for call, result in ((told[1], told[2]), (told[3], told[4]), (told[8], told[9])):
+        [only] = call["tool_calls"]
+        assert result["tool_call_id"] == only["id"]
+    assert turns(messages, HERMES) == turns(messages)
 
 
 def test_a_template_without_tools_gets_them_as_text() -> None:

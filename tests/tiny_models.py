@@ -34,16 +34,17 @@ def write_qwen3(
     seed: int = 7,
     templates: Mapping[str, str] | None = None,
     suppressed: Sequence[int] = (),
+    controls: Sequence[str] = (),
 ) -> Path:
     """A decoder of the architecture ``qwen3``; all kinds share a seed's weights, and vocabulary.
 
     ``chat`` continues a text, ``embed`` pools the last token, ``rerank`` turns the logits of
     "yes" and "no" after its template into probabilities. ``templates`` are chat templates by name,
-    ``suppressed`` ids of tokens that must never be drawn.
+    ``suppressed`` ids of tokens that must never be drawn, ``controls`` more control tokens.
     """
     tokens = _bytes_as_characters() + [merge.replace(" ", "") for merge in _MERGES]
     n_normal = len(tokens)
-    tokens += [START, END]
+    tokens += [START, END, *controls]
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_context_length(256)
     writer.add_embedding_length(_WIDTH)
@@ -58,7 +59,7 @@ def write_qwen3(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    types = [gguf.TokenType.NORMAL] * n_normal + [gguf.TokenType.CONTROL] * 2
+    types = [gguf.TokenType.NORMAL] * n_normal + [gguf.TokenType.CONTROL] * (2 + len(controls))
     writer.add_token_types(types)
     writer.add_token_merges(_MERGES)
     writer.add_eos_token_id(tokens.index(END))

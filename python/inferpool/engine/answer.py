@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from inferpool.engine.calls import CallReader
-from inferpool.engine.formats import Reasoning, ToolFormat
+from inferpool.engine.formats import Header, Reasoning, ToolFormat
 from inferpool.engine.prompt import Prompt
 from inferpool.engine.sampler import Sampler
 from inferpool.engine.text import TextStream, overlap
@@ -66,12 +66,16 @@ class AnswerParser:
         self._tools = tools
         self._dropped = dropped_messages
         self._thinking = thinking
+        self._header = None if reasoning is None else reasoning.header
+        self._in_header = self._header is not None and not thinking
+        self._spoken: set[str] = set()  # where messages with headers went
         self._reader: CallReader | None = None
         self._opening = ""  # what was cut off before what it reads
         self._n_calls = 0
         self._held = ""
-        self._at_start = True  # nothing but white space was said yet
-        self._skips_space = thinking
+        # Nothing but white space was said yet; headers tell all that depends on it.
+        self._at_start = self._header is None
+        self._skips_space = thinking or self._in_header
         self._said = {"text": "", "reasoning": ""}
         self._told: list[ToolCallDelta] = []
 
@@ -100,8 +104,13 @@ class AnswerParser:
         self._sort(self._stream.finish())
         if self._reader is not None and not self._reader.found:
             self._held, self._reader = self._opening + self._reader.raw, None
+        if self._in_header and self._header is not None and self._header.begins(self._held):
+            self._held = ""  # half a header says nothing
         if self._reader is None:
             self._said["reasoning" if self._thinking else "text"] += self._held.rstrip()
+        elif reason == "stop":
+            self._reader.finish()
+            self._told += self._reader.deltas
         if reason == "stop" and self._n_calls:
             reason = "tool_calls"
         return self._delta(finish_reason=reason, dropped_messages=self._dropped)
@@ -136,7 +145,9 @@ class AnswerParser:
             if self._skips_space:
                 self._held = self._held.lstrip()
                 self._skips_space = not self._held
-            if self._reader is not None:
+            if self._reasoning is not None and self._header is not None and self._in_header:
+                more = self._read_header(self._reasoning, self._header)
+            elif self._reader is not None:
                 more = self._read_calls(self._reader)
             elif self._thinking and self._reasoning is not None:
                 more = self._read_reasoning(self._reasoning)
@@ -144,6 +155,28 @@ class AnswerParser:
                 more = self._read_text()
 
     # Each returns whether there may be more to sort in what is held.
+
+    def _read_header(self, reasoning: Reasoning, header: Header) -> bool:
+        if not header.may_begin(self._held):
+            self._in_header = False  # as of a model that knows none
+            return True
+        text, mark, rest = self._held.partition(header.end)
+        if not mark:
+            return False
+        self._held, self._in_header, self._skips_space = rest, False, True
+        recipient = header.recipient_of(text)
+        if self._calls is not None and recipient.startswith(self._calls.begin):
+            self._reader = CallReader(self._calls, self._tools, self._n_calls)
+            name = recipient.removeprefix(self._calls.begin)
+            self._held = f"{name}{self._calls.name_end}{rest}"
+            return True
+        # What is meant for a tool that nobody has is not for the caller either.
+        self._thinking = bool(recipient) or reasoning.begin.removesuffix(header.end) in text
+        where = "reasoning" if self._thinking else "text"
+        if where in self._spoken:
+            self._said[where] += "\n\n"
+        self._spoken.add(where)
+        return True
 
     def _read_calls(self, reader: CallReader) -> bool:
         rest = reader.feed(self._held)
@@ -165,28 +198,28 @@ class AnswerParser:
         return True
 
     def _read_reasoning(self, reasoning: Reasoning) -> bool:
-        before, mark, after = self._held.partition(reasoning.end)
-        if mark:
-            self._said["reasoning"] += before.rstrip()
-            self._held, self._thinking, self._skips_space = after, False, True
-            return True
-        self._release("reasoning", [reasoning.end])
-        return False
+        found = self._find(reasoning.ends)
+        if found is None:
+            self._release("reasoning", reasoning.ends)
+            return False
+        self._end_message("reasoning", *found)
+        return True
+
+    def _end_message(self, where: str, at: int, mark: str) -> None:
+        self._said[where] += self._held[:at].rstrip()
+        self._held, self._thinking, self._skips_space = self._held[at + len(mark) :], False, True
+        self._in_header = self._header is not None
 
     def _read_text(self) -> bool:
-        marks = []
-        if self._reasoning is not None and self._at_start:
-            marks += [self._reasoning.begin]
-            marks += [self._reasoning.answer] if self._reasoning.answer else []
-        if self._calls is not None:
-            marks.append(self._calls.begin)
-            if self._calls.bare and self._at_start:
-                marks.append("{")
-        found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
-        if not found:
+        marks = self._marks_of_text()
+        found = self._find(marks)
+        if found is None:
             self._release("text", marks)
             return False
-        at, mark = min(found)
+        at, mark = found
+        if self._header is not None and mark in self._header.message_ends:
+            self._end_message("text", at, mark)
+            return True
         is_call = self._calls is not None and mark == self._calls.begin
         if not is_call and self._held[:at].strip():
             # Only what comes first opens reasoning, or a call without a marker.
@@ -209,6 +242,23 @@ class AnswerParser:
             if is_bare:
                 self._opening, self._held = self._opening[:-1], mark + self._held
         return True
+
+    def _marks_of_text(self) -> list[str]:
+        """What may end a text."""
+        marks = [] if self._header is None else [*self._header.message_ends]
+        if self._reasoning is not None and self._at_start:
+            marks += [self._reasoning.begin]
+            marks += [self._reasoning.answer] if self._reasoning.answer else []
+        if self._calls is not None:
+            marks.append(self._calls.begin)
+            if self._calls.bare and self._at_start:
+                marks.append("{")
+        return marks
+
+    def _find(self, marks: Sequence[str]) -> tuple[int, str] | None:
+        """The first of some marks in what is held, and where it is."""
+        found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
+        return min(found, default=None)
 
     def _release(self, where: str, marks: Sequence[str]) -> None:
         """Let go of all that can't become a mark, or be white space before one."""

@@ -89,6 +89,11 @@ class CallReader:
             return self._text[self._at :]
         return None
 
+    def finish(self) -> None:
+        """Take note that the answer is complete: where no arguments came, there are none."""
+        if self.found and not self._has_arguments:
+            self._add("{}")
+
     # Families
 
     def _read_json(self) -> _Wanting:

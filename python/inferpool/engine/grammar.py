@@ -29,7 +29,9 @@ class Grammar:
     """What an answer must look like."""
 
     gbnf: str
-    """Rules in GBNF; ``root`` is the answer."""
+    """Rules in GBNF."""
+    root: str = "root"
+    """The rule that the answer is."""
     after: str = ""
     """Text of the answer that the grammar waits for; it holds from the next token on."""
 
@@ -57,7 +59,9 @@ class GrammarState:
         vocab = lib.llama_model_get_vocab(model.handle)
         native_errors()
         with _native_stderr() as printed:
-            handle = lib.llama_sampler_init_grammar(vocab, grammar.gbnf.encode(), b"root")
+            handle = lib.llama_sampler_init_grammar(
+                vocab, grammar.gbnf.encode(), grammar.root.encode()
+            )
         if not handle:
             # "parse: error parsing grammar: expecting ')' at …", then the grammar itself.
             reason = b"".join(printed).decode("utf-8", "replace").strip().partition("\n")[0]

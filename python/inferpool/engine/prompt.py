@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from inferpool.engine.calls import forced_call
 from inferpool.engine.formats import Reasoning, ToolFormat, reasoning_of, tool_format_of
 from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
-from inferpool.engine.rules import GrammarBuilder
+from inferpool.engine.rules import GrammarBuilder, literal
 from inferpool.engine.schema import add_schema
 from inferpool.engine.template import ChatTemplate
 from inferpool.engine.turns import Window, as_text, described, turns
@@ -21,6 +21,8 @@ from inferpool.messages import ChatMessage, ChatRequest, NamedTool, Sampling, To
 
 __all__ = ["Prompt", "PromptBuilder", "begin_answer", "grammar_of", "visible_tokens"]
 
+# No rule of a caller's grammar has this name.
+_ROOT = "inferpool-answer"
 # Without max_tokens, windowing leaves this part of the context to the answer.
 _ANSWER_SHARE = 4
 
@@ -75,8 +77,9 @@ class _Style:
         if self.format.system:
             takes_system = self.template.takes_system
             plain = as_text(messages, tools, self.format, takes_system=takes_system)
-            return self.template.render(turns(plain))
-        return self.template.render(turns(messages), described(tools) or None)
+            return self.template.render(turns(plain, self.format, self.reasoning))
+        told = turns(messages, self.format, self.reasoning)
+        return self.template.render(told, described(tools) or None)
 
 
 class PromptBuilder:
@@ -171,7 +174,13 @@ class PromptBuilder:
             self._check_room(request, asked, len(tokens) - asked)
         reasoning = style.reasoning
         forced = _call_grammar(request, style.format)
-        thinking, grammar = begin_answer(text, reasoning, forced or grammar_of(request))
+        thinking, grammar = begin_answer(
+            text,
+            reasoning,
+            forced or grammar_of(request),
+            # Calls in a form that is not the model's own are text to it.
+            is_call=forced is not None and not style.format.system,
+        )
         # What the caller wants the answer to look like is text, even where it looks like a call.
         calls = style.format if tools and (forced or not grammar) else None
         return Prompt(
@@ -220,14 +229,29 @@ class PromptBuilder:
 
 
 def begin_answer(
-    text: str, reasoning: Reasoning | None, grammar: Grammar | None
+    text: str, reasoning: Reasoning | None, grammar: Grammar | None, *, is_call: bool = False
 ) -> tuple[bool, Grammar | None]:
-    """Whether the prompt ``text`` opens the reasoning, and the grammar, which then waits for it."""
-    if reasoning is None or not text.rstrip().endswith(reasoning.begin):
-        return False, grammar
-    if grammar is not None:
-        grammar = Grammar(grammar.gbnf, after=reasoning.end)
-    return True, grammar
+    """Whether the prompt ``text`` opens the reasoning, and the grammar, which then waits for it.
+
+    Where messages have headers the grammar gets that of the answer, unless it ``is_call``, which
+    has its own, and leaves room for reasoning before it.
+    """
+    thinking = reasoning is not None and text.rstrip().endswith(reasoning.begin)
+    if reasoning is None or grammar is None:
+        return thinking, grammar
+    if reasoning.header is not None:
+        grammar = _among_messages(grammar, reasoning, "" if is_call else reasoning.answer)
+    return thinking, replace(grammar, after=reasoning.end) if thinking else grammar
+
+
+def _among_messages(grammar: Grammar, reasoning: Reasoning, header: str) -> Grammar:
+    begin, end = literal(reasoning.begin), literal(reasoning.end)
+    rules = (
+        f"{_ROOT} ::= ({begin} {_ROOT}-thought {end})* {literal(header)} {grammar.root}",
+        # No marker within: they all begin alike.
+        rf'{_ROOT}-thought ::= ([^<] | "<"+ [^<|])*',
+    )
+    return Grammar("\n".join([grammar.gbnf, *rules]), root=_ROOT)
 
 
 def visible_tokens(

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from inferpool.engine.formats import ToolFormat
+from inferpool.engine.formats import Reasoning, ToolFormat
 from inferpool.messages import ChatMessage, Tool, ToolCall
 
 __all__ = ["Window", "as_text", "described", "turns"]
@@ -68,9 +68,57 @@ class _Arguments(dict[str, Any]):
         return other + str(self)
 
 
-def turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as maps, in the shape that Hugging Face's templates expect."""
-    return [_turn(message) for message in messages]
+def turns(
+    messages: Sequence[ChatMessage],
+    form: ToolFormat | None = None,
+    reasoning: Reasoning | None = None,
+) -> list[dict[str, Any]]:
+    """Messages as maps, in the shape that Hugging Face's templates expect.
+
+    Args:
+        messages: the conversation.
+        form: how the template writes tool calls, if it is one that does.
+        reasoning: what it wants of the model's reasoning.
+    """
+    if form is not None and form.one_per_turn:
+        messages = _one_per_turn(messages)
+    told = [_turn(message) for message in messages]
+    if reasoning is not None and reasoning.key:
+        for turn in told:
+            _add_reasoning(turn, reasoning.key)
+    return told
+
+
+def _one_per_turn(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """A turn for each call, followed by its result."""
+    apart: list[ChatMessage] = []
+    for message in messages:
+        if message.role == "tool":
+            id = message.tool_call_id
+            since = next(
+                since
+                for since, other in enumerate(reversed(apart))
+                if any(call.id == id for call in other.tool_calls)
+            )
+            apart.insert(len(apart) - since, message)
+        elif message.tool_calls:
+            first, *rest = message.tool_calls
+            apart.append(msgspec.structs.replace(message, tool_calls=[first]))
+            apart += [ChatMessage("assistant", tool_calls=[call]) for call in rest]
+        else:
+            apart.append(message)
+    return apart
+
+
+def _add_reasoning(turn: dict[str, Any], key: str) -> None:
+    """Put the reasoning where a template has its own key for it."""
+    if "reasoning_content" not in turn:
+        return
+    thought = turn["reasoning_content"]
+    if "tool_calls" in turn and turn["content"]:
+        # It takes what is said before a call for reasoning, and refuses to take both.
+        thought, turn["content"] = f"{thought}\n\n{turn['content']}", ""
+    turn[key] = thought
 
 
 def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:

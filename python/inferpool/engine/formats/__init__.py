@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import functools
+import re
 import tomllib
 from importlib import resources
 from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["Reasoning", "ToolFormat", "reasoning_of", "tool_format_of"]
+__all__ = ["Header", "Reasoning", "ToolFormat", "reasoning_of", "tool_format_of"]
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What precedes each message of an answer that is a series of them."""
+
+    begin: str
+    channel: str
+    recipient: str
+    content_type: str
+    end: str
+    message_ends: list[str]
+
+    @property
+    def beginnings(self) -> tuple[str, ...]:
+        """What a header may begin with; that of the first message is partly in the prompt."""
+        return self.begin, self.channel, self.recipient, self.end
+
+    def begins(self, text: str) -> bool:
+        """Whether a text begins like a header."""
+        return text.startswith(self.beginnings)
+
+    def may_begin(self, text: str) -> bool:
+        """Whether a text begins like a header, as far as one can see."""
+        return self.begins(text) or any(each.startswith(text) for each in self.beginnings)
+
+    def recipient_of(self, text: str) -> str:
+        """Whom a header names, with the mark before; empty if that is nobody or the writer."""
+        for found in re.finditer(rf"{re.escape(self.recipient)}([\w.-]+)", text):
+            if not self.begin.endswith(found[1]):
+                return found[0]
+        return ""
 
 
 class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,11 +50,21 @@ class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     begin: str
     end: str
     answer: str = ""
+    key: str = ""
+    header: Header | None = None
+
+    @property
+    def ends(self) -> list[str]:
+        """What ends the reasoning."""
+        return [self.end] if self.header is None else self.header.message_ends
 
     @property
     def markers(self) -> list[str]:
         """Texts that may be control tokens, which show only where they are looked for."""
-        return [text for text in (self.begin, self.end, self.answer) if text]
+        marks = [self.begin, self.end, self.answer]
+        if self.header is not None:
+            marks += [*self.header.beginnings, self.header.content_type, *self.ends]
+        return [text for text in marks if text]
 
 
 class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +76,7 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     shape: Literal["json", "named", "tagged"]
     forced: str
     bare: bool = False
+    one_per_turn: bool = False
     name: str = ""
     arguments: str = ""
     call: str = ""
