@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from engine_fakes import SETTINGS, CountdownAbort, FakeReply, stream, tokens
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from llama_cpp import Llama
 
@@ -199,6 +199,7 @@ def test_stream_is_the_text_up_to_the_stop_string(text: str, stop: str, cuts: li
     assert stream.stopped == (stop in text)
 
 
+@example("abc", ["abc", "b"], [])
 @given(
     st.text("abc"),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
@@ -210,6 +211,8 @@ def test_no_stop_string_is_ever_shown(text: str, stops: list[str], cuts: list[in
     assert text.startswith(shown)
     assert not any(stop in shown for stop in stops)
     assert stream.stopped or shown == text
+    # A character at a time, the stop string that is complete first ends it.
+    assert shown == fed(TextStream(stops), text, [*range(len(text))])
 
 
 def fed(stream: TextStream, text: str, cuts: list[int]) -> str:

@@ -277,11 +277,24 @@ def test_a_call_is_found_after_what_only_looked_like_one(cuts: list[int]) -> Non
     assert parsed(text, cuts, calls=llama).text == text
 
 
-@given(st.text('{}[]",:nae<tolcm_>/ \n\\é', max_size=60), st.lists(st.integers(0, 100)))
-def test_no_answer_breaks_the_parser(text: str, cuts: list[int]) -> None:
+@given(
+    st.lists(
+        st.text('{}[]",:nae<tolcm_>/ \n\\é', max_size=20)
+        | st.sampled_from(["<think>", "</think>", '{"name": "clock"}']),
+        max_size=6,
+    ).map("".join),
+    st.lists(st.integers(0, 100)),
+    st.booleans(),
+)
+def test_no_answer_breaks_the_parser(text: str, cuts: list[int], thinking: bool) -> None:
     for template, _ in FAMILIES.values():
         for prefix in ("", "<tool_call>", "{", "<function=", "[TOOL_CALLS]"):
-            parsed(prefix + text, cuts, calls=form_of(template), reasoning=THINK)
+            options = {"calls": form_of(template), "reasoning": THINK, "thinking": thinking}
+            at_once, cut = (parsed(prefix + text, at, **options) for at in ([], cuts))
+            assert (cut.text, cut.reasoning) == (at_once.text, at_once.reasoning)
+            assert [each.function for each in cut.tool_calls] == [
+                each.function for each in at_once.tool_calls
+            ]
 
 
 def test_arguments_as_a_string_and_openai_s_nesting_are_understood() -> None:
@@ -380,6 +393,11 @@ def test_reasoning_then_calls() -> None:
     _, calls = FAMILIES["hermes"]
     result = parsed(f"<think>Hm.</think>\n{calls}", reasoning=THINK, calls=HERMES)
     assert (result.reasoning, result.text, len(result.tool_calls)) == ("Hm.", "", 2)
+    llama = form_of(FAMILIES["llama"][0])
+    text = '<think>Hm.</think>\n{"name": "clock"}'
+    for cuts in ([], range(len(text))):
+        result = parsed(text, [*cuts], reasoning=THINK, calls=llama)
+        assert (result.reasoning, result.text, len(result.tool_calls)) == ("Hm.", "", 1)
 
 
 def test_templates_tell_how_a_model_reasons() -> None:

@@ -267,7 +267,8 @@ class AnswerParser:
         certain = _TRAILING_SPACE.sub("", certain) if marks else certain
         self._said[where] += certain
         self._held = self._held[len(certain) :]
-        self._at_start = self._at_start and not certain.strip()
+        if where == "text" and certain.strip():
+            self._at_start = False
 
 
 class Answer:

@@ -38,11 +38,12 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            # The one that is complete first, however the text was cut into tokens.
+            return text[: min(found)[1]]
         n_held = max((overlap(text, stop) for stop in self._stop), default=0)
         certain = len(text) - n_held
         self._held = text[certain:]
