@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,41 @@ def test_a_pil_image_is_what_its_file_is(mode: str) -> None:
         file = io.BytesIO()
         image.save(file, "PNG", exif=exif)
         np.testing.assert_array_equal(shown, decode_image(file.getvalue(), "image"))
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
+def test_16_bits_of_grey_are_not_cut_off(mode: str) -> None:
+    dtype = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
+    image = Image.frombytes(mode, (2, 1), np.array([40_000, 255], dtype).tobytes())
+    assert decode_image(_image(image), "image")[0, :, 0].tolist() == [156, 0]
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [
+        (0x0112, 2, b"6\0\0\0"),  # an orientation in words
+        (0x0112, 9, b"\xff\xff\xff\xff"),  # or -1
+        (0x011A, 7, b"high"),  # a resolution in words
+    ],
+)
+def test_a_pil_image_may_have_exif_data_that_cannot_be_written(
+    tag: int, kind: int, value: bytes
+) -> None:
+    entry = struct.pack("<HHI", tag, kind, len(value) if kind != 9 else 1) + value
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    file = io.BytesIO()
+    IMAGE.convert("RGB").save(file, "JPEG", exif=exif)
+    with Image.open(file) as image:
+        shown = decode_image(_image(image), "image")
+    np.testing.assert_array_equal(shown, decode_image(file.getvalue(), "image"))
+
+
+def test_a_pil_image_may_have_a_large_colour_profile() -> None:
+    image = IMAGE.copy()
+    image.info["icc_profile"] = bytes(2 << 20)
+    np.testing.assert_array_equal(
+        decode_image(_image(image), "image"), decode_image(_image(IMAGE), "image")
+    )
 
 
 def test_a_streamed_answer_is_the_whole_answer(pool: Pool) -> None:

@@ -51,7 +51,8 @@ class PdfOptions(Sampling, total=False):
     """Default 144: pixels per inch of the rasterised page."""
 
 
-_PNG_MODES = frozenset({"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"})
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+_ORIENTATION = 0x0112  # of EXIF
 _PDF_OPTIONS = frozenset(PdfOptions.__annotations__) - frozenset(Sampling.__annotations__)
 
 
@@ -233,14 +234,25 @@ def _image(image: Any) -> bytes | np.ndarray:
         return Path(image).read_bytes()
     pillow = sys.modules.get("PIL.Image")  # whoever has an image of it has imported it
     if pillow is not None and isinstance(image, pillow.Image):
-        # In its own colours and the way it was taken, as a file; the worker makes pixels of it.
-        file = io.BytesIO()
-        known = image if image.mode in _PNG_MODES else image.convert("RGB")
-        known.save(file, "PNG", exif=image.getexif())
-        return file.getvalue()
+        return _file(image, pillow.Exif())
     raise TypeError(
         "an image must be bytes, a path, a PIL image or an array, not " + type(image).__name__
     )
+
+
+def _file(image: Image.Image, exif: Image.Exif) -> bytes:
+    """A PIL image as PNG, in its own colours and the way it was taken."""
+    # What else is known of it matters to nobody, and what was read can't always be written.
+    orientation = image.getexif().get(_ORIENTATION)
+    if orientation in range(1, 9):
+        exif[_ORIENTATION] = orientation
+    if image.mode.startswith("I"):  # grey, of which a PNG takes 16 bits
+        image = image.convert("I").convert("I;16")
+    elif image.mode not in _PNG_MODES:
+        image = image.convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif, icc_profile=None)
+    return file.getvalue()
 
 
 def _pages(items: Sequence[Any]) -> Sequence[PdfPage]:
