@@ -93,6 +93,13 @@ def test_callers_at_once_each_get_their_own_vectors(models: Pool) -> None:
     np.testing.assert_allclose(answers, np.tile(expected, (4, 1)), atol=5e-4)
 
 
+def test_texts_of_a_numpy_array_are_texts(models: Pool, rerank: Pool) -> None:
+    texts = np.array(["bees", "honey"])
+    np.testing.assert_array_equal(models.embed(texts), models.embed(texts.tolist()))
+    assert models.embed.embed_query(texts[0]).shape == (384,)
+    assert rerank.rerank(texts[0], texts) == rerank.rerank("bees", ["bees", "honey"])
+
+
 @pytest.mark.parametrize("texts", ["a str", [1], None, [b"bytes"]])
 def test_texts_of_the_wrong_type_are_refused(models: Pool, texts: object) -> None:
     with pytest.raises(TypeError):

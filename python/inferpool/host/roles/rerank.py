@@ -8,6 +8,7 @@ from typing import Unpack
 from inferpool.host.calls import Driver, Naming, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.roles.naming import ModelOption, naming
+from inferpool.host.roles.texts import plain, plain_texts
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import Priority, RerankRequest, RerankResult, read
 
@@ -89,9 +90,7 @@ def _request(
     query: str, documents: Sequence[str], options: RerankOptions
 ) -> RerankRequest | Naming:
     model = options.pop("model", None)
-    if isinstance(documents, str):
-        raise TypeError("documents must be a sequence of str, not a str")
-    fields = {"query": query, "documents": list(documents), **options}
+    fields = {"query": plain(query), "documents": plain_texts("documents", documents), **options}
     return naming(model, read(fields, RerankRequest))
 
 
