@@ -38,8 +38,8 @@ impl Assembler {
     }
 
     /// Takes the record in; returns the frame that it completes, if it does. A request that the host
-    /// gave up half sent comes out with an empty body. The caller has made
-    /// sure that the record's call exists, which bounds the number of frames in the making.
+    /// gave up half sent comes out with an empty body. The caller has made sure that the record's
+    /// call exists, which bounds the number of frames in the making.
     pub fn accept<M: Memory>(
         &mut self,
         ring: &Consumer<M>,

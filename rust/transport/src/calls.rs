@@ -386,8 +386,6 @@ impl Calls {
                 }
                 _ => call.frames.push_back(frame),
             }
-        }
-        if !late {
             call.notify(header.call, me);
         }
         if header.kind.is_terminal() {
