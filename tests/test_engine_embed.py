@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,43 @@ def test_truncate_keeps_the_closing_token(session: PackedSession) -> None:
     # [CLS] + 510 words + [SEP] is exactly the context.
     cut, whole = embed(session, ["bee " * 600, "bee " * 510], truncate=True)
     np.testing.assert_allclose(cut, whole, atol=1e-6)
+
+
+# What the tokenizer of the original model makes of them.
+WORDS = {
+    "Crème brûlée": [13675, 21382, 7987, 9307, 2063],
+    "서울과 수원": [1461, 30008, 29999, 30014, 30022, 29991, 30012, 1461, 30014, 29999, 30015, 30021],
+    "हिन्दी में": [1339, 29877, 29863, 29861, 29878, 1331],
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_accents_and_nothing_else_are_left_out_of_words(minilm_path: Path, text: str) -> None:
+    with closing(Model(minilm_path)) as model:
+        tokens = model.tokenize(text, add_special=False, parse_special=False)
+    assert tokens.tolist() == WORDS[text]
+
+
+@pytest.mark.parametrize(
+    ("says", "left_out"),
+    [
+        ({"lowercase": "true"}, True),
+        ({"lowercase": "false"}, False),
+        ({"lowercase": "false", "strip_accents": "true"}, True),
+        ({"lowercase": "true", "strip_accents": "false"}, False),
+    ],
+)
+def test_a_file_says_whether_accents_are_left_out(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch, says: dict[str, str], left_out: bool
+) -> None:
+    values = {f"tokenizer.ggml.normalizer.{name}": value for name, value in says.items()}
+    monkeypatch.setattr(Model, "metadata", lambda _, key: values.get(key))
+    with closing(Model(minilm_path)) as model:
+        plain, accented = (
+            model.tokenize(text, add_special=False, parse_special=False).tolist()
+            for text in ("e", "é")
+        )
+    assert (plain == accented) is left_out
 
 
 def test_control_tokens_in_a_text_are_text(session: PackedSession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from inferpool.engine.backend import init_backend, lib, model_params, native_err
 from inferpool.errors import CallCancelled, ModelLoadError
 
 __all__ = ["Model"]
+
+_NORMALIZER = "tokenizer.ggml.normalizer."
 
 
 class Model:
@@ -60,6 +63,7 @@ class Model:
         if lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             self.close()
             raise ModelLoadError(f"{path} has no vocabulary, so it reads no text")
+        self._strips_accents = self._is_wordpiece and self._asks_for_stripping()
         # It comes from the file, and would become the size of an allocation.
         if not 0 < self.n_ctx_train <= MAX_CONTEXT_LENGTH:
             self.close()
@@ -97,6 +101,8 @@ class Model:
             parse_special: read ``<|im_end|>`` and the like as that token; otherwise such
                 text is text.
         """
+        if self._strips_accents and not text.isascii():
+            text = _without_accents(text)
         data = text.encode("utf-8")
         n_max = len(data) + 8  # enough for nearly every text, or the exact number comes back
         while True:
@@ -147,7 +153,7 @@ class Model:
         adds_separator = lib.llama_vocab_get_add_sep(vocab)
         closing = [end] if lib.llama_vocab_get_add_eos(vocab) else [separator] * adds_separator
         between = closing
-        if lib.llama_vocab_type(vocab) == lib.LLAMA_VOCAB_TYPE_WPM:
+        if self._is_wordpiece:
             between = closing = [separator]  # whatever the metadata say, as llama.cpp does
         elif lib.llama_vocab_get_add_eos(vocab):
             between = closing + [separator] * adds_separator
@@ -157,6 +163,15 @@ class Model:
             for tokens in (opening, between, closing)
         )
         return before, middle, after
+
+    @property
+    def _is_wordpiece(self) -> bool:
+        return bool(lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_WPM)
+
+    def _asks_for_stripping(self) -> bool:
+        """Whether accents are left out of a text, as is the rule where case is, too."""
+        values = (self.metadata(_NORMALIZER + key) for key in ("strip_accents", "lowercase"))
+        return next((value == "true" for value in values if value is not None), True)
 
     @property
     def adds_bos(self) -> bool:
@@ -263,6 +278,15 @@ class Model:
         return [(label or b"").decode("utf-8", "replace") for label in labels]
 
 
+def _without_accents(text: str) -> str:
+    """What BERT's tokenizer makes of a text before it looks for words.
+
+    llama.cpp would leave the first letter of each Korean syllable, and no vowel signs of Hindi.
+    """
+    parts = unicodedata.normalize("NFD", text)
+    return "".join(part for part in parts if unicodedata.category(part) != "Mn")
+
+
 def _load(
     path: Path,
     n_gpu_layers: int,
@@ -273,6 +297,12 @@ def _load(
         raise CallCancelled(f"loading {path.name} was cancelled")
     params = model_params()
     params.n_gpu_layers = n_gpu_layers
+    # `Model.tokenize` does that. The list ends where a key is empty.
+    overrides = (lib.llama_model_kv_override * 2)()
+    overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL
+    overrides[0].key = f"{_NORMALIZER}strip_accents".encode()
+    overrides[0].value.val_bool = False
+    params.kv_overrides = overrides
 
     def go_on(part: float, _data: object) -> bool:
         if abort is not None and abort.is_set():
