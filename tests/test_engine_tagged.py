@@ -116,16 +116,11 @@ def test_no_string_ends_what_it_stands_in(form: ToolFormat) -> None:
 
 
 @every_form
-def test_ends_of_lines_at_the_ends_of_a_text_are_counted_where_they_are_kept(
-    form: ToolFormat,
-) -> None:
-    for schema in ({"type": "string", "minLength": 2}, {"const": "\na"}):
-        if forced(form, only({"enum": ["\na", "a"]}), x="\na"):
-            assert forced(form, only(schema), x="\na")
-            assert understood(form, only(schema), x="\na") == {"x": "\na"}
-    assert {f.value_end.startswith("\n") for f in FORMS} == {True, False}
-    if not form.value_end.startswith("\n"):
-        assert not forced(form, only({"type": "string", "minLength": 2}), x="\na")
+@pytest.mark.parametrize("text", ["\na", "a\n", "\n\n"])
+def test_ends_of_lines_at_the_ends_of_a_text_are_part_of_it(form: ToolFormat, text: str) -> None:
+    for schema in ({"type": "string", "minLength": 2}, {"const": text}, {"type": "string"}):
+        assert forced(form, only(schema), x=text)
+        assert understood(form, only(schema), x=text) == {"x": text}
 
 
 @every_form
@@ -169,6 +164,15 @@ def test_a_text_that_only_looks_like_something_else_is_a_string(form: ToolFormat
         "y": "NaN",
         "z": "-Infinity",
     }
+
+
+@every_form
+def test_words_of_python_are_understood_where_they_may_be_no_text(form: ToolFormat) -> None:
+    for schema in ({"type": ["boolean", "null"]}, {"type": ["boolean", "null", "string"]}, {}):
+        for text, value in (("True", True), ("False", False), ("None", None)):
+            assert understood(form, only(schema), x=text) == {"x": value}
+    assert understood(form, only({"type": "string"}), x="True") == {"x": "True"}
+    assert understood(form, only({"type": ["string", "null"]}), x="True") == {"x": "True"}
 
 
 @every_form

@@ -23,6 +23,8 @@ _NAME = re.compile(r"[\w.-]+")
 _ID = re.compile(r"[A-Za-z0-9]{9}")
 _SPACE = " \t\r\n"
 _FENCE = "```json"
+# Templates of Qwen3 Coder and its kin write these words as Python does, and so do their models.
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 _Wanting = Generator[None, None, Any]
 """Yields where it needs more text."""
@@ -205,19 +207,22 @@ class CallReader:
 
     def _typed(self, name: str, value: str) -> str:
         """The JSON of an argument: what was written, or of plain text a string."""
-        text = value.removeprefix("\n").removesuffix("\n")
+        text = value.removeprefix("\n" if self._form.key_end.endswith("\n") else "")
+        text = text.removesuffix("\n" if self._form.value_end.startswith("\n") else "")
         function = self._tools.get(self._function)
         schema = function.parameters if function is not None else None
         possible = kinds(schema, schema, name)
         if possible != {"string"}:
+            word = text.strip()
+            word = _PYTHON_WORDS.get(word, word)
             try:
-                kind = kind_of(json.loads(text, parse_constant=_no_constant))
+                kind = kind_of(json.loads(word, parse_constant=_no_constant))
             except ValueError:
                 pass
             else:
                 # A text may look like a number where there is none.
                 if kind in possible or "string" not in possible:
-                    return text.strip()
+                    return word
         return json.dumps(text, ensure_ascii=False)
 
     # What is told

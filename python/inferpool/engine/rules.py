@@ -33,7 +33,6 @@ _TAGGED_RULES = {
     "text": r'(letter | "<"+ follower)* "<"*',
     "letter": r"[\x01-;=-\uD7FF\uE000-\U0010FFFF]",
     "follower": r"[\x01-.0-;=-\uD7FF\uE000-\U0010FFFF]",
-    "inline": r"[\x01-\t\x0B-;=-\uD7FF\uE000-\U0010FFFF]",
 }
 # How often something is repeated in one go. llama.cpp refuses some counts from 2,000 on and takes
 # others as no bound at all; it makes as many rules as there may be repetitions.
@@ -62,8 +61,7 @@ class GrammarBuilder:
 
         Args:
             tagged: what is written stands between tags, so that it must not hold ``</``. There are
-                rules for plain text then too: ``text``, its character ``letter``, and ``inline``,
-                which is one but for the end of a line.
+                rules for plain text then too: ``text``, and its character ``letter``.
         """
         self._tagged = tagged
         self._rules = {**_RULES, **_TAGGED_RULES} if tagged else dict(_RULES)

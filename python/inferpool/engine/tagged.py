@@ -47,25 +47,19 @@ def add_arguments(
 class _Text(SchemaConverter):
     """Writes strings as plain text."""
 
+    character = "letter"
     string = "text"
 
     def __init__(self, form: ToolFormat, builder: GrammarBuilder, root: Any, what: str) -> None:
         super().__init__(builder, root, what)
         self._form = form
-        # Without ends of lines beside the tags, those at the ends of a text are not read as its.
-        self._has_lines = form.key_end.endswith("\n") and form.value_end.startswith("\n")
-        self.character = "letter" if self._has_lines else "inline"
 
     def _quoted(self, body: str) -> str:
         return body
 
     def _constants(self, values: Sequence[Any], path: str) -> Iterable[str]:
         end = self._form.value_end.strip()
-        kept = [
-            value
-            for value in values
-            if end not in value and (self._has_lines or value == value.strip("\n"))
-        ]
+        kept = [value for value in values if end not in value]
         if not kept:
             raise self._refuse(path, f"no value can stand before {end!r}")
         return map(literal, kept)
