@@ -403,6 +403,7 @@ def test_reasoning_then_calls() -> None:
 def test_templates_tell_how_a_model_reasons() -> None:
     assert reasoning_of("{{ content.split('</think>')[-1] }}") == THINK
     assert reasoning_of("[THINK]") == Reasoning("[THINK]", "[/THINK]")
+    assert reasoning_of("'Here are my reasoning steps:\\n'") is not None  # Apriel
     assert reasoning_of("{{ messages }}") is None
 
 
@@ -438,6 +439,19 @@ def test_calls_are_shown_one_by_one_where_the_template_takes_one_in_a_turn() -> 
         [only] = call["tool_calls"]
         assert result["tool_call_id"] == only["id"]
     assert turns(messages, HERMES) == turns(messages)
+
+
+def test_calls_have_the_ids_that_the_model_knows() -> None:
+    messages = read([*CONVERSATION, *CONVERSATION], list[ChatMessage])
+    told = turns(messages, form_of(FAMILIES["kimi-k2"][0]))
+    ids = [[call["id"] for call in turn.get("tool_calls", ())] for turn in told]
+    first, second = (
+        ["functions.clock:0", "functions.clock:1"],
+        ["functions.clock:2", "functions.clock:3"],
+    )
+    assert [each for each in ids if each] == [first, second]
+    results = [turn["tool_call_id"] for turn in told if turn["role"] == "tool"]
+    assert results == [*reversed(first), *reversed(second)]
 
 
 def test_a_template_without_tools_gets_them_as_text() -> None:

@@ -138,7 +138,11 @@ class CallReader:
             key = yield from self._json()
             yield from self._after_space("", ":")
             yield from self._peek()
-            if key in {self._form.name, "name"}:
+            if not self._form.name:
+                self._begin(key)
+                known = True
+                yield from self._arguments(self._add)
+            elif key in {self._form.name, "name"}:
                 self._begin((yield from self._json()))
                 known = True
             elif key in {self._form.arguments, "arguments", "parameters"}:
@@ -368,7 +372,9 @@ def forced_call(form: ToolFormat, tools: Sequence[Tool]) -> str:
         else:
             an_object = {"allOf": [{"type": "object"}, schema]}
             arguments = add_schema(builder, an_object, what, root=schema)
-        call = f'{{"{form.name}": {json.dumps(name)}, "{form.arguments}": {{arguments}}}}'
+        call = f"{{{json.dumps(name)}: {{arguments}}}}"
+        if form.name:
+            call = f'{{"{form.name}": {json.dumps(name)}, "{form.arguments}": {{arguments}}}}'
         text = form.forced.replace("{call}", call).replace("{name}", name)
         before, _, after = text.partition("{arguments}")
         alternatives.append(f"{literal(before)} {arguments} {literal(after)}")

@@ -83,6 +83,8 @@ def turns(
     if form is not None and form.one_per_turn:
         messages = _one_per_turn(messages)
     told = [_turn(message) for message in messages]
+    if form is not None and form.call_id:
+        _name_calls(told, form.call_id)
     if reasoning is not None and reasoning.key:
         for turn in told:
             _add_reasoning(turn, reasoning.key)
@@ -108,6 +110,20 @@ def _one_per_turn(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         else:
             apart.append(message)
     return apart
+
+
+def _name_calls(told: Sequence[dict[str, Any]], layout: str) -> None:
+    """Give calls and their results the ids that the model knows, whoever made the calls."""
+    index = 0
+    ids: dict[str, str] = {}
+    for turn in told:
+        for call in turn.get("tool_calls", ()):
+            name = call["function"]["name"]
+            known = layout.replace("{name}", name).replace("{index}", str(index))
+            ids[call["id"]] = call["id"] = known
+            index += 1
+        if "tool_call_id" in turn:
+            turn["tool_call_id"] = ids[turn["tool_call_id"]]
 
 
 def _add_reasoning(turn: dict[str, Any], key: str) -> None:

@@ -77,6 +77,7 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     forced: str
     bare: bool = False
     one_per_turn: bool = False
+    call_id: str = ""
     name: str = ""
     arguments: str = ""
     call: str = ""
