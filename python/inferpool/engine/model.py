@@ -299,9 +299,11 @@ def _load(
     params.n_gpu_layers = n_gpu_layers
     # `Model.tokenize` does that. The list ends where a key is empty.
     overrides = (lib.llama_model_kv_override * 2)()
-    overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL
-    overrides[0].key = f"{_NORMALIZER}strip_accents".encode()
-    overrides[0].value.val_bool = False
+    overrides[0] = lib.llama_model_kv_override(
+        tag=lib.LLAMA_KV_OVERRIDE_TYPE_BOOL,
+        key=f"{_NORMALIZER}strip_accents".encode(),
+        value=lib.llama_model_kv_override_value(val_bool=False),
+    )
     params.kv_overrides = overrides
 
     def go_on(part: float, _data: object) -> bool:
