@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferpool import ChatConfig, ModelLoadError, Pool
-from inferpool.engine import memory
+from inferpool.engine import backend, memory
 from inferpool.engine.gguf import Gguf
 from inferpool.engine.memory import available_memory, require_memory
 from inferpool.models import resolve
@@ -71,7 +71,10 @@ def write(path: Path, **values: object) -> Path:
             {"attention__head_count": 4, "attention__key_length": 32},
             2 * 3 * 4 * (32 + 16),
         ),
-        ({"attention__head_count": 4, "attention__sliding_window": 128}, 0),
+        ({"attention__head_count": 4, "attention__sliding_window": 128}, 2 * 3 * 4 * (16 + 16)),
+        ({"attention__head_count": 4, "nextn_predict_layers": 1}, 2 * 2 * 4 * (16 + 16)),
+        ({"attention__head_count": [4, 4, 4], "nextn_predict_layers": 1}, 2 * 8 * (16 + 16)),
+        ({"attention__head_count": 4, "attention__kv_lora_rank": 64}, 0),
         ({"attention__head_count": 4, "attention__causal": False}, 0),
         ({"attention__head_count": "four"}, 0),
         ({}, 0),
@@ -82,6 +85,10 @@ def test_what_a_token_takes_follows_the_layers(
 ) -> None:
     path = write(tmp_path / "model.gguf", block_count=3, **values)
     assert Gguf(path).bytes_per_token == expected
+
+
+def test_a_context_has_room_for_all_tokens_of_layers_with_a_sliding_window() -> None:
+    assert backend.lib.llama_context_default_params().swa_full
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ _LIMITS = {
     "embedding_length": 1 << 20,
     "block_count": 512,
 }
+# What says that layers remember tokens in some other way than by a key and a value for each head.
+_UNLIKE_OTHERS = (
+    *("attention.kv_lora_rank", "attention.compress_ratios", "attention.shared_kv_layers"),
+    *("attention.key_length_swa", "attention.value_length_swa", "ssm.state_size"),
+)
 # LLAMA_POOLING_TYPE_*: llama.cpp aborts on any other.
 _POOLING_TYPES = range(5)
 
@@ -85,21 +90,28 @@ class Gguf:
     def bytes_per_token(self) -> int:
         """Bytes that a token takes in the context, in float16, at least.
 
-        ``2 * sum(n_head_kv * (key_length + value_length))`` over the layers. Layers that forget
-        (sliding windows), share or compress what they remember count as nothing.
+        ``2 * sum(n_head_kv * (key_length + value_length))`` over the layers. Those with a sliding
+        window count too: the context has room for all tokens there as well (``swa_full``).
+        Where layers are recurrent, or share or compress what they remember, it is nothing.
         """
-        n_layers, n_embd = self.get("block_count", 0), self.get("embedding_length", 0)
-        forgetful = ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size")
-        if self.get("attention.causal") is False or any(self.get(name) for name in forgetful):
+        # Layers that only predict further tokens are not always used.
+        n_layers = self.get("block_count", 0) - _count(self.get("nextn_predict_layers"))
+        n_embd = self.get("embedding_length", 0)
+        if self._is_encoder or any(self.get(name) for name in _UNLIKE_OTHERS):
             return 0
         n_head = self._per_layer("attention.head_count", n_layers, 0)
-        n_head_kv = self._per_layer("attention.head_count_kv", n_layers, n_head)
+        n_head_kv = self._per_layer("attention.head_count_kv", n_layers, n_head)[:n_layers]
         if not any(n_head):
             return 0
         width = n_embd // max(n_head)
         width_k = _count(self.get("attention.key_length", width))
         width_v = _count(self.get("attention.value_length", width))
         return 2 * sum(n_head_kv) * (width_k + width_v)
+
+    @property
+    def _is_encoder(self) -> bool:
+        # Files of the one architecture that is named don't say that it looks ahead.
+        return self.architecture == "gemma-embedding" or self.get("attention.causal") is False
 
     def _per_layer(self, name: str, n_layers: int, default: Any) -> list[int]:
         value = self.get(name, default)
