@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -40,7 +40,7 @@ _MAX_BITS = 1 << 12
 _FILTERS = (
     "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first",
     "float", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject",
-    "rejectattr", "reverse", "safe", "select", "selectattr", "sort", "string", "title",
+    "rejectattr", "reverse", "select", "selectattr", "sort", "string", "title",
     "unique", "upper",
 )  # fmt: skip
 _STR_METHODS = frozenset({
@@ -79,6 +79,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             ("indent", self._indent),
             ("join", self._join),
             ("replace", self._replace),
+            # Jinja's own marks a text, after which `+` would escape for HTML what it joins to it.
+            ("safe", jinja2.filters.FILTERS["string"]),
             ("tojson", self._to_json),
             ("trim", self._trim),
         ):
@@ -241,7 +243,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # with it come jinja's marks
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.tick()
-            return self.weighed(function(*args, **kwargs))
+            made = function(*args, **kwargs)
+            # What `map` and `select` make must be counted, and may go on to `tojson`.
+            return self.weighed(list(made) if isinstance(made, Iterator) else made)
 
         return bounded
 
