@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_engine_schema import accepts
 from test_engine_tools import CLOCK, OSLO, ROME, TOOLS, WEATHER, calls_of, form_of, parsed
 from tiny_models import write_qwen3
 
 from inferpool.engine.answer import Answer, collect
 from inferpool.engine.calls import forced_call
 from inferpool.engine.formats import reasoning_of
-from inferpool.engine.grammar import Grammar, GrammarState
+from inferpool.engine.grammar import Grammar
 from inferpool.engine.model import Model
 from inferpool.engine.prompt import PromptBuilder, begin_answer
 from inferpool.errors import InvalidRequest
@@ -127,20 +128,7 @@ def constrained(model: Model, grammar: Grammar, text: str, *, is_call: bool = Fa
     """Whether an answer under a grammar may be ``text``, and end there."""
     _, whole = begin_answer("<|start|>assistant", REASONING, grammar, is_call=is_call)
     assert whole is not None
-    return allows(model, whole, text)
-
-
-def allows(model: Model, grammar: Grammar, text: str) -> bool:
-    state = GrammarState(grammar, model)
-    try:
-        for token in model.tokenize(text, add_special=False, parse_special=False).tolist():
-            if not state.allows(token):
-                return False
-            state.accept(token)
-        [end] = model.tokenize("<|im_end|>", add_special=False, parse_special=True).tolist()
-        return state.allows(end)
-    finally:
-        state.close()
+    return accepts(model, whole, text)
 
 
 def test_a_forced_call_may_be_thought_about(model: Model) -> None:
@@ -176,8 +164,8 @@ def test_a_call_as_text_stands_in_the_final_message(model: Model) -> None:
     text = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
     answer = f"{THOUGHT}<|channel|>final<|message|>{text}"
     assert prompt.grammar is not None
-    assert allows(model, prompt.grammar, answer)
-    assert not allows(model, prompt.grammar, text)
+    assert accepts(model, prompt.grammar, answer)
+    assert not accepts(model, prompt.grammar, text)
     result = parsed(answer, calls=prompt.calls, reasoning=prompt.reasoning)
     assert (result.text, calls_of(result)) == ("", [("clock", {})])
 

@@ -24,9 +24,9 @@ def gbnf(schema: Any) -> str:
     return builder.gbnf(add_schema(builder, schema, "schema"))
 
 
-def accepts(model: Model, grammar: str, text: str) -> bool:
+def accepts(model: Model, grammar: Grammar | str, text: str) -> bool:
     """Whether a grammar lets a text through, by llama.cpp, to its end."""
-    state = GrammarState(Grammar(grammar), model)
+    state = GrammarState(Grammar(grammar) if isinstance(grammar, str) else grammar, model)
     try:
         for token in model.tokenize(text, add_special=False, parse_special=False).tolist():
             if not state.allows(token):

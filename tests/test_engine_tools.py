@@ -13,6 +13,7 @@ import pytest
 from engine_fakes import SETTINGS, stream
 from hypothesis import given
 from hypothesis import strategies as st
+from test_engine_schema import accepts
 
 from inferpool.engine.answer import AnswerParser, collect
 from inferpool.engine.calls import forced_call
@@ -169,26 +170,14 @@ def test_a_forced_call_is_one_that_can_be_read(model: Model, family: str) -> Non
 
 
 def test_every_forced_call_keeps_to_its_schema(model: Model) -> None:
-    def allows(text: str) -> bool:
-        state = GrammarState(Grammar(forced_call(HERMES, TOOLS)), model)
-        tokens = model.tokenize(text, add_special=False, parse_special=False).tolist()
-        for token in tokens:
-            if not state.allows(token):
-                break
-            state.accept(token)
-        else:
-            state.close()
-            return True
-        state.close()
-        return False
-
+    grammar = forced_call(HERMES, TOOLS)
     call = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
-    assert allows(call.format("get_weather", OSLO))
-    assert allows(call.format("clock", "{}"))
-    assert not allows(call.format("clock", OSLO))
-    assert not allows(call.format("get_weather", "{}"))
-    assert not allows(call.format("get_time", "{}"))
-    assert not allows("Hello")
+    assert accepts(model, grammar, call.format("get_weather", OSLO))
+    assert accepts(model, grammar, call.format("clock", "{}"))
+    assert not accepts(model, grammar, call.format("clock", OSLO))
+    assert not accepts(model, grammar, call.format("get_weather", "{}"))
+    assert not accepts(model, grammar, call.format("get_time", "{}"))
+    assert not accepts(model, grammar, "Hello")
 
 
 def test_a_tool_whose_schema_cannot_be_kept_to_is_named() -> None:

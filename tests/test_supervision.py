@@ -541,11 +541,15 @@ def test_a_draining_close_lets_calls_end_and_refuses_new_ones() -> None:
     assert answers == [0.3] * 3
 
 
-def test_draining_ends_with_its_timeout() -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_draining_ends_with_its_timeout(asynchronous: bool) -> None:
     pool = Pool(echo=echo_role(), close_timeout=0.2)
     stream = pool.stream("echo", "wait_for_abort")
     next(stream)
-    pool.close(drain=True, timeout=0.2)
+    if asynchronous:
+        asyncio.run(pool.as_async().aclose(drain=True, timeout=0.2))
+    else:
+        pool.close(drain=True, timeout=0.2)
     with pytest.raises(PoolClosed):
         next(stream)
 
