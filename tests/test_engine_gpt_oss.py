@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -234,6 +235,16 @@ def test_calls_and_results_go_back_one_by_one(model: Model) -> None:
     messages += [{"role": "assistant", "content": "Fine."}, USER]
     text = rendered(model, messages, WEATHER, CLOCK)
     assert f"How is it?<|end|>{exchange}<|start|>assistant<|channel|>final" in text
+
+
+def test_an_answer_s_message_keeps_what_was_thought_before_its_call(model: Model) -> None:
+    header = "<|channel|>commentary to=functions.clock<|message|>"
+    answer = parsed(f"{THOUGHT}{header}{{}}", **ANSWERS)
+    turn = msgspec.to_builtins(answer.message)
+    result = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "noon"}
+    text = rendered(model, [USER, turn, result], CLOCK)
+    assert "<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>" in text
+    assert text.count("Hm.") == 1
 
 
 def test_what_was_said_before_a_call_joins_the_reasoning(model: Model) -> None:

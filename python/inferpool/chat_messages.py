@@ -408,4 +408,9 @@ class ChatResult(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def message(self) -> ChatMessage:
         """The answer as a turn, to be appended to the conversation."""
-        return ChatMessage("assistant", self.text, tool_calls=self.tool_calls)
+        return ChatMessage(
+            "assistant",
+            self.text,
+            tool_calls=self.tool_calls,
+            reasoning_content=self.reasoning or None,
+        )

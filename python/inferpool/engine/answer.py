@@ -68,6 +68,11 @@ class AnswerParser:
         self._thinking = thinking
         self._header = None if reasoning is None else reasoning.header
         self._in_header = self._header is not None and not thinking
+        self._calls_have_headers = (
+            self._header is not None
+            and calls is not None
+            and calls.begin.startswith(self._header.recipient)
+        )
         self._spoken: set[str] = set()  # where messages with headers went
         self._reader: CallReader | None = None
         self._opening = ""  # what was cut off before what it reads
@@ -249,7 +254,7 @@ class AnswerParser:
         if self._reasoning is not None and self._at_start:
             marks += [self._reasoning.begin]
             marks += [self._reasoning.answer] if self._reasoning.answer else []
-        if self._calls is not None:
+        if self._calls is not None and not self._calls_have_headers:
             marks.append(self._calls.begin)
             if self._calls.bare and self._at_start:
                 marks.append("{")
