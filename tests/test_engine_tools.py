@@ -393,6 +393,9 @@ def test_templates_tell_how_a_model_reasons() -> None:
     assert reasoning_of("{{ content.split('</think>')[-1] }}") == THINK
     assert reasoning_of("[THINK]") == Reasoning("[THINK]", "[/THINK]")
     assert reasoning_of("'Here are my reasoning steps:\\n'") is not None  # Apriel
+    gemma = reasoning_of("'<|channel>thought\\n' + thinking_text + '\\n<channel|>'")
+    result = parsed("<|channel>thought\nHm.\n<channel|>Yes.", reasoning=gemma)
+    assert (result.reasoning, result.text) == ("Hm.", "Yes.")
     assert reasoning_of("{{ messages }}") is None
 
 
