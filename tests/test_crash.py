@@ -249,10 +249,9 @@ def test_a_sandboxed_worker_cuts_its_log_and_the_next_one_moves_it(tmp_path: Pat
     with Pool(echo=role, log_dir=tmp_path) as pool:
         assert pool.call("echo", "chatter", 5 << 20) < 5 << 20
         assert [path.name for path in tmp_path.iterdir()] == ["worker-echo.log"]
-        # The last line may pass the bound that is looked at after it.
-        (tmp_path / "worker-echo.log").write_bytes(b"x" * (5 << 20))
-        with pytest.raises(WorkerCrashed):
-            pool.call("echo", "exit", 1)
+    # The last line may pass the bound that is looked at after it.
+    (tmp_path / "worker-echo.log").write_bytes(b"x" * (5 << 20))
+    with Pool(echo=role, log_dir=tmp_path) as pool:
         pool.call("echo", "echo")
     assert (tmp_path / "worker-echo.log.1").stat().st_size >= 5 << 20
 
