@@ -57,7 +57,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists and is no zombie.
+    """Whether a process exists and is not a zombie.
 
     Its first thread may be one while others still end; only then does the kernel tell.
     """

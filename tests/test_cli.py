@@ -174,7 +174,7 @@ def test_an_unknown_model_is_an_error_and_a_hint(command: str) -> None:
     result = run(command, "--model", "nope")
     assert result.returncode == 2
     assert result.stdout == b""
-    assert b"\nerror: 'nope' is no known name" in result.stderr
+    assert b"\nerror: 'nope' is neither a known name" in result.stderr
     assert b"\nhint: known names are minilm, smollm2\n" in result.stderr
     assert b"Traceback" not in result.stderr
 
@@ -277,7 +277,7 @@ def test_embed_says_what_it_could_not_write() -> None:
 
 def test_embed_spares_the_terminal_binary_data() -> None:
     with terminal("embed", "--format", "npy", os.devnull) as tty:
-        assert b"npy is no text for a terminal" in tty.rest()
+        assert b"npy is not text for a terminal" in tty.rest()
         assert tty.process.wait(SECONDS) == 2
 
 

@@ -1,4 +1,4 @@
-"""The rerank role: scores against references, pairs, limits, what is no reranker."""
+"""The rerank role: scores against references, pairs, limits, what is not a reranker."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_abort_leaves_the_reranker_usable(session: PackedSession) -> None:
 
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])
 def test_what_is_no_reranker_is_refused(model: str) -> None:
-    with pytest.raises(ModelLoadError, match="is no reranker"):
+    with pytest.raises(ModelLoadError, match="is not a reranker"):
         role.make_session(config(resolve(model)), None)
 
 

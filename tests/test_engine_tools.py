@@ -209,7 +209,7 @@ def test_a_model_s_own_id_is_the_call_s(cuts: list[int]) -> None:
     assert result.tool_calls[0].id == "bzKv7f0JM"
 
 
-# What is no call
+# What is not a call
 
 
 @given(cuts=st.lists(st.integers(0, 1000)))

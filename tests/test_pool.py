@@ -451,7 +451,7 @@ def test_options_reach_the_session_and_roles_their_name() -> None:
     ("arguments", "message"),
     [
         ({}, "at least one role"),
-        ({"chta": "smollm2"}, "'chta' is no option"),
+        ({"chta": "smollm2"}, "'chta' is neither an option"),
         ({"embed": 3}, "embed takes"),
     ],
 )

@@ -472,9 +472,7 @@ def test_a_worker_to_be_kept_alive_is_not_released() -> None:
 
 def test_above_the_memory_budget_the_least_recently_used_idle_worker_goes() -> None:
     roles = {name: echo_role() for name in ("old", "young", "busy", "new")}
-    kept = type(roles["old"])(
-        roles["old"].session, roles["old"].handlers, policy=Policy(keep_alive=True)
-    )
+    kept = replace(echo_role(), policy=Policy(keep_alive=True))
     with Pool(kept=kept, **roles, memory_budget=1) as pool:
         stream = pool.stream("busy", "count", None)
         next(stream)

@@ -126,7 +126,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def _check_logit_bias(logit_bias: dict[int | str, float]) -> None:
     for token, bias in logit_bias.items():
         if not (isinstance(token, int) or token.isdecimal()):
-            raise ValueError(f"logit_bias: {token!r} is no token id")
+            raise ValueError(f"logit_bias: {token!r} is not a token id")
         # Minus infinity bans a token.
         if not (-1e6 <= bias <= 1e6 or bias == -math.inf):
             raise ValueError(
@@ -292,7 +292,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("two tools have the same name")
         forced = self.tool_choice not in {"auto", "none"}
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice {self.tool_choice.function.name!r} is none of the tools")
+            raise ValueError(f"tool_choice {self.tool_choice.function.name!r} is not one of the tools")
         if forced and not names:
             raise ValueError("tool_choice 'required' needs tools")
         if forced and (self.grammar is not None or self.response_format is not None):

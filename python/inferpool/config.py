@@ -78,7 +78,7 @@ class Policy:
     """Pause before the second restart within the window; doubled for each further one, up to 5 s,
     and shortened at random by up to half."""
     idle_timeout: float | None = None
-    """How long a worker without calls is kept; None keeps it. Pings are no calls."""
+    """How long a worker without calls is kept; None keeps it. Pings are not calls."""
     keep_alive: bool = False
     """Never release the worker: not when it is idle, and not for the pool's memory budget."""
     max_queue: int | None = None

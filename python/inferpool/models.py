@@ -82,7 +82,9 @@ def resolve(model: str) -> Path:
     if path.is_file():
         return path
     names = ", ".join(sorted(_ENTRIES))
-    problem = "is a folder, not a GGUF file" if path.is_dir() else "is no known name and no file"
+    problem = "is neither a known name nor a file"
+    if path.is_dir():
+        problem = "is a folder, not a GGUF file"
     raise ModelNotFound(f"{model!r} {problem}. hint: known names are {names}")
 
 

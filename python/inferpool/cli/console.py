@@ -165,7 +165,7 @@ def printable(text: str) -> str:
 
 
 def accept_any_text() -> None:
-    """Let bytes that are no text, or that the terminal can't show, pass as U+FFFD or "?"."""
+    """Let bytes that are not text, or that the terminal can't show, pass as U+FFFD or "?"."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -51,7 +51,7 @@ class Check:
 def doctor(as_json: bool) -> None:
     """Check this machine, and try each installed model in a worker.
 
-    Exits with 1 if something failed; a warning is no failure.
+    Exits with 1 if something failed; a warning is not a failure.
     """
     out = console(stderr=False)
     checks = []

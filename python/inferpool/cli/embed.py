@@ -172,7 +172,7 @@ def _format(asked: Format | None, output: str) -> Format:
         else:
             raise click.UsageError(f"'{output}' names no format; add --format npy or jsonl.")
     if asked == "npy" and output == _STDIO and sys.stdout.isatty():
-        raise click.UsageError("npy is no text for a terminal; add --output FILE or redirect.")
+        raise click.UsageError("npy is not text for a terminal; add --output FILE or redirect.")
     return asked
 
 

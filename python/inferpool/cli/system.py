@@ -39,7 +39,7 @@ def cpu_quota() -> float | None:
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):  # "max 100000" is no limit
+    except (OSError, ValueError):  # "max 100000" is not a limit
         return None
 
 

@@ -78,7 +78,7 @@ class CallReader:
     def feed(self, text: str) -> str | None:
         """Read more; once the calls have ended, returns what follows them.
 
-        If it turns out to be no call, what is returned follows the text that only looked like one.
+        If it turns out not to be a call, what is returned follows the text that looked like one.
         """
         self.raw += text
         self._text = self._text[self._at :] + text
@@ -254,7 +254,7 @@ class CallReader:
     # The text
 
     def _peek(self) -> _Wanting:
-        """Go to the next character that is no space; it is not read."""
+        """Go to the next character that is not a space; it is not read."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:

@@ -119,7 +119,7 @@ class Gguf:
 
 
 def _count(value: Any) -> int:
-    """A size, or 0 if it is none: llama.cpp will say so."""
+    """A size, or 0 if it is not one: llama.cpp will say so."""
     return value if isinstance(value, int) and value > 0 else 0
 
 

@@ -49,7 +49,7 @@ class GrammarState:
         self._after = grammar.after.encode()  # what is still waited for
         self._seen = b""
         self._handle: lib.llama_sampler_p | None = None
-        # To llama.cpp an empty text is no grammar, and NUL ends a text.
+        # To llama.cpp an empty text is not a grammar, and NUL ends a text.
         if not grammar.gbnf or "\0" in grammar.gbnf:
             raise InvalidRequest("grammar is empty, or holds a NUL character")
         if _nesting(grammar.gbnf) > _MAX_NESTING:

@@ -99,7 +99,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         Raises:
             TemplateTooExpensive: it is too long.
-            jinja2.TemplateError: it is no template.
+            jinja2.TemplateError: it is not a template.
         """
         if len(source) > _MAX_SOURCE:
             raise TemplateTooExpensive(f"it has more than {_MAX_SOURCE} characters")
@@ -315,7 +315,7 @@ class _Bounding(jinja2.visitor.NodeTransformer):
     visit_Dict = visit_List  # noqa: N815
 
     def visit_Tuple(self, node: n.Tuple) -> n.Node:  # noqa: N802
-        # Where something is unpacked, a tuple is no value.
+        # Where something is unpacked, a tuple is not a value.
         return node if node.ctx == "store" else self.visit_List(node)
 
 

@@ -33,7 +33,7 @@ _PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def is_a(value: Any, name: str) -> bool:
-    """Whether a value is of a JSON type; 1.0 is no integer here."""
+    """Whether a value is of a JSON type; 1.0 is not an integer here."""
     if name != "boolean" and isinstance(value, bool):
         return False
     return isinstance(value, _PYTHON_TYPES[name])

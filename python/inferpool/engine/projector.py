@@ -81,7 +81,7 @@ class Projector:
         """Load ``path``.
 
         Raises:
-            ModelLoadError: if it is no vision projector that fits ``model``.
+            ModelLoadError: if it is not a vision projector that fits ``model``.
             CallCancelled: if ``abort`` was set meanwhile.
         """
         init_backend()

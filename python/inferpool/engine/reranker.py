@@ -36,11 +36,11 @@ class Reranker:
             packer: computes the jobs that `job` makes.
 
         Raises:
-            ModelLoadError: if the model is no reranker.
+            ModelLoadError: if the model is not a reranker.
         """
         if packer.pooling != lib.LLAMA_POOLING_TYPE_RANK:
             raise ModelLoadError(
-                f"{model.path.name} is no reranker: its metadata name no pooling of type rank "
+                f"{model.path.name} is not a reranker: its metadata name no pooling of type rank "
                 "(<architecture>.pooling_type = 4), so it has no score for a pair"
             )
         self._label = _relevance_label(model)
@@ -98,6 +98,6 @@ def _relevance_label(model: Model) -> int:
     if _YES in labels:
         return labels.index(_YES)
     raise ModelLoadError(
-        f"{model.path.name} is no reranker: it tells {len(labels)} classes apart "
+        f"{model.path.name} is not a reranker: it tells {len(labels)} classes apart "
         f"({', '.join(labels)}), and none of them is {_YES!r}"
     )

@@ -243,7 +243,7 @@ class SchemaConverter:
             if part is True:
                 continue
             if not isinstance(part, Mapping):
-                raise self._refuse(path, "allOf holds what is no schema, or has no instances")
+                raise self._refuse(path, "allOf holds what is not a schema, or has no instances")
             if "allOf" in part:
                 part = self._merged(part, path)
             # What one part says of properties or items depends on which of them it names.

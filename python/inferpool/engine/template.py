@@ -43,7 +43,7 @@ class ChatTemplate:
             eos: text of the model's EOS token.
 
         Raises:
-            ModelLoadError: if ``source`` is no jinja template, or uses what is not there.
+            ModelLoadError: if ``source`` is not a jinja template, or uses what is not there.
         """
         self._environment = BoundedEnvironment(
             trim_blocks=True,

@@ -182,7 +182,7 @@ def open_call(
     if isinstance(payload, Naming):
         model, payload = payload.model, payload.request
     parts = encode(kind, payload)
-    if kind != READY_KIND:  # which is no call of the user's
+    if kind != READY_KIND:  # which is not a call of the user's
         deadline.set_default(supervisor.spec.policy.call_timeout)
         supervisor.admit(parts, model)
     replaced = 0

@@ -53,7 +53,7 @@ class RoleSpec:
 
         Raises:
             TypeError: it is nothing that a role of this name can be given as.
-            ValueError: the name is no identifier.
+            ValueError: the name is not an identifier.
         """
         return cls(name, _as_role(name, given), options)
 
@@ -117,7 +117,7 @@ def _as_role(name: str, given: RoleLike) -> Role:
     config_class = _CONFIGS.get(name)
     if config_class is None:
         raise TypeError(
-            f"{name!r} is no option of a pool and no built-in role ({', '.join(_CONFIGS)}); "
+            f"{name!r} is neither an option of a pool nor a built-in role ({', '.join(_CONFIGS)}); "
             "a role of your own needs Role(session=..., handlers=...)"
         )
     if isinstance(given, str | os.PathLike) and not issubclass(config_class, VisionConfig):
@@ -128,7 +128,7 @@ def _as_role(name: str, given: RoleLike) -> Role:
         )
     module = f"inferpool.roles.{name}"
     options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    # What the host is to know of the role is no business of the session.
+    # What the host is to know of the role is not the session's business.
     hosting = {name: options.pop(name) for name in _HOSTING if name in options}
     return Role(
         f"{module}:make_session",

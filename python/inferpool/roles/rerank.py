@@ -21,7 +21,7 @@ def make_session(role_config: RoleConfig, abort: AbortToken | None) -> PackedSes
     Raises:
         TypeError, ValueError: for a bad option, by name.
         ModelNotFound: if there is no such model.
-        ModelLoadError: if it can't be loaded, or is no reranker.
+        ModelLoadError: if it can't be loaded, or is not a reranker.
         CallCancelled: if ``abort`` was set meanwhile.
     """
     return PackedSession(read(role_config.options, RerankConfig), abort, Reranker)

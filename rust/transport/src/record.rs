@@ -26,7 +26,7 @@ pub const LAST: u16 = 2;
 /// may come as [`Kind::Answer`].
 pub const WHOLE: u16 = 4;
 
-/// What a record carries. Zero is no kind, so untouched memory never passes for a record.
+/// What a record carries. Zero is not a kind, so untouched memory never passes for a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Kind {

@@ -62,7 +62,7 @@ class Embed:
 
         Raises:
             ContextLengthExceeded: a text is too long, and ``truncate`` is off.
-            TypeError: `texts` is no sequence of str, or an unknown option.
+            TypeError: `texts` is not a sequence of str, or an unknown option.
             InvalidRequest: more dimensions than the model has, no such prompt, or a text that
                 gives no token.
         """

@@ -59,7 +59,8 @@ class Rerank:
 
         Raises:
             ContextLengthExceeded: a document is too long, and ``truncate`` is off, or the query is.
-            TypeError: `documents` is no sequence of str, `query` no str, or an unknown option.
+            TypeError: `documents` is not a sequence of str, `query` not a str, or an
+                option is unknown.
             ValueError: ``top_n`` is less than 1.
         """
         request = _request(query, documents, options)

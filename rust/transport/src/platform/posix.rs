@@ -185,7 +185,7 @@ pub(super) fn poll(
     // Who waits without end, as an idle worker does, is to use no CPU.
     let slice = gate.and(left).map(|_| SLICE);
     let timeout = [left, slice].into_iter().flatten().min();
-    // Rounded up, so that a wait of less than a millisecond is no busy loop.
+    // Rounded up, so that a wait of less than a millisecond is not a busy loop.
     let milliseconds = timeout.map_or(-1, |time| {
         libc::c_int::try_from(time.as_micros().div_ceil(1000)).unwrap_or(libc::c_int::MAX)
     });
