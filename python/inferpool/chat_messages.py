@@ -292,7 +292,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("two tools have the same name")
         forced = self.tool_choice not in {"auto", "none"}
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice {self.tool_choice.function.name!r} is not one of the tools")
+            raise ValueError(f"tool_choice {self.tool_choice.function.name!r} is not in tools")
         if forced and not names:
             raise ValueError("tool_choice 'required' needs tools")
         if forced and (self.grammar is not None or self.response_format is not None):
