@@ -370,7 +370,7 @@ def test_an_answer_may_be_marked_as_well(cuts: list[int]) -> None:
     assert (result.reasoning, result.text) == ("Hm.", "Yes <|channel|>.")
     result = parsed("<|channel|>final<|message|>Yes.", cuts, reasoning=harmony)
     assert (result.reasoning, result.text) == ("", "Yes.")
-    assert "<|channel|>final<|message|>" in harmony.markers
+    assert {"<|channel|>", "<|message|>"} <= set(harmony.markers)
 
 
 def test_a_mark_in_the_midst_opens_nothing() -> None:

@@ -239,8 +239,6 @@ class AnswerParser:
         self._at_start = self._at_start and not is_call
         if self._reasoning is not None and mark == self._reasoning.begin:
             self._thinking = self._skips_space = True
-        elif self._reasoning is not None and mark == self._reasoning.answer:
-            self._at_start, self._skips_space = False, True
         elif self._calls is not None:
             is_bare = mark == "{"
             self._reader = CallReader(self._calls, self._tools, self._n_calls, bare=is_bare)
@@ -252,8 +250,7 @@ class AnswerParser:
         """What may end a text."""
         marks = [] if self._header is None else [*self._header.message_ends]
         if self._reasoning is not None and self._at_start:
-            marks += [self._reasoning.begin]
-            marks += [self._reasoning.answer] if self._reasoning.answer else []
+            marks.append(self._reasoning.begin)
         if self._calls is not None and not self._calls_have_headers:
             marks.append(self._calls.begin)
             if self._calls.bare and self._at_start:

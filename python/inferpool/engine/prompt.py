@@ -240,7 +240,8 @@ def begin_answer(
     if reasoning is None or grammar is None:
         return thinking, grammar
     if reasoning.header is not None:
-        grammar = _among_messages(grammar, reasoning, "" if is_call else reasoning.answer)
+        header = "" if is_call else reasoning.header.answer
+        grammar = _among_messages(grammar, reasoning, header)
     return thinking, replace(grammar, after=reasoning.end) if thinking else grammar
 
 

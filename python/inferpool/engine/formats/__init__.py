@@ -21,6 +21,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     recipient: str
     content_type: str
     end: str
+    answer: str
     message_ends: list[str]
 
     @property
@@ -49,7 +50,6 @@ class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     begin: str
     end: str
-    answer: str = ""
     key: str = ""
     header: Header | None = None
 
@@ -61,10 +61,10 @@ class Reasoning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def markers(self) -> list[str]:
         """Texts that may be control tokens, which show only where they are looked for."""
-        marks = [self.begin, self.end, self.answer]
+        marks = [self.begin, self.end]
         if self.header is not None:
             marks += [*self.header.beginnings, self.header.content_type, *self.ends]
-        return [text for text in marks if text]
+        return marks
 
 
 class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
