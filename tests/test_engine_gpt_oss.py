@@ -23,7 +23,6 @@ from inferpool.engine.prompt import PromptBuilder, begin_answer
 from inferpool.errors import InvalidRequest
 from inferpool.messages import ChatRequest, read
 
-# As published with the weights, under Apache 2.0.
 TEMPLATE = Path(__file__).with_name("data").joinpath("gpt-oss.jinja").read_text("utf-8")
 FORM = form_of(TEMPLATE)
 REASONING = reasoning_of(TEMPLATE)
@@ -199,14 +198,11 @@ def call(name: str, id: str, arguments: str) -> dict[str, Any]:
 
 def test_tools_are_declared_as_the_template_does(model: Model) -> None:
     text = rendered(model, [{"role": "system", "content": "Be kind."}, USER], WEATHER, CLOCK)
-    assert "must go to the commentary channel: 'functions'.<|end|>" in text
-    assert text.endswith(
-        "<|start|>developer<|message|># Instructions\n\nBe kind.\n\n# Tools\n\n## functions\n\n"
-        "namespace functions {\n\n// The weather of a city.\n"
-        "type get_weather = (_: {\ncity: string,\ndays: number,\n}) => any;\n\n"
-        "// \ntype clock = () => any;\n\n} // namespace functions<|end|>"
-        "<|start|>user<|message|>How is it?<|end|><|start|>assistant"
-    )
+    assert "Calls: commentary, to functions.<|end|>" in text
+    declared = [f"type {tool['function']['name']} = (_: {{" for tool in (WEATHER, CLOCK)]
+    developer = text.partition("<|start|>developer<|message|>Be kind.")[2].partition("<|end|>")[0]
+    assert all(each in developer for each in declared)
+    assert text.endswith("<|end|><|start|>user<|message|>How is it?<|end|><|start|>assistant")
 
 
 def test_calls_and_results_go_back_one_by_one(model: Model) -> None:
