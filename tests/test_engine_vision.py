@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_fakes import CountdownAbort, FakeReply
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_models import write_projector, write_qwen3
 
 from inferpool.engine import backend, projector
@@ -151,6 +152,28 @@ def test_a_turned_photo_is_put_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     assert decode_image(encoded(image, "PNG", exif=exif), "image").shape == (40, 20, 3)
+
+
+def test_each_orientation_is_that_of_the_original() -> None:
+    original = np.zeros((16, 32, 3), np.uint8)
+    original[:8, :8] = 255
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        # As a camera saves it: turned the other way round, so that to put it upright is to undo it.
+        saved = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(original, "PNG", exif=exif))))
+        undo = {6: 8, 8: 6}.get(orientation, orientation)
+        exif[0x0112] = undo
+        shown = decode_image(encoded(saved, "PNG", exif=exif), "image")
+        np.testing.assert_array_equal(shown, original)
+
+
+def test_a_turned_photo_may_have_exif_data_that_cannot_be_written() -> None:
+    entries = [(0x0112, 3, 1, b"\6\0\0\0"), (0x011A, 7, 4, b"high")]  # a resolution in words
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+    photo = encoded(pixels(1, height=20, width=40), "JPEG", exif=exif)
+    assert decode_image(photo, "image").shape == (40, 20, 3)
 
 
 @pytest.mark.parametrize(

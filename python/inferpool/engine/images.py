@@ -17,7 +17,7 @@ from inferpool.errors import CallCancelled, InvalidRequest, ModelLoadError
 
 try:
     import pypdfium2 as pdfium
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 except ModuleNotFoundError as error:
     raise ModelLoadError(
         f'the vision role needs {error.name}. hint: pip install "inferpool[vision]"'
@@ -29,6 +29,17 @@ Pixels = npt.NDArray[np.uint8]
 """Rows of red, green and blue: shape (height, width, 3), C-contiguous."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_ORIENTATION = 0x0112
+# How to put an image upright, by what EXIF says of its orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _MAX_PIXELS = 1 << 26
 Image.MAX_IMAGE_PIXELS = None  # its own limit warns, or raises without the numbers
 # Longest side of a rasterised page; a PDF may declare pages of 5 m.
@@ -80,7 +91,9 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _to_rgb(opened: Image.Image) -> Pixels:
-    upright = ImageOps.exif_transpose(opened)
+    # Pillow's own function writes the EXIF data anew, which fails for some that it reads.
+    turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+    upright = opened if turn is None else opened.transpose(turn)
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.has_transparency_data:
