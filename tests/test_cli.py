@@ -308,6 +308,12 @@ def test_chat_through_pipes(tmp_path: Path) -> None:
     assert run("chat", *arguments, data=prompts).stdout == result.stdout
 
 
+def test_closed_standard_streams_lead_nowhere() -> None:
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    with running(*closed, *CLI, "chat") as process:
+        assert process.wait(SECONDS) == 0
+
+
 def test_a_crash_ends_one_answer_and_not_the_chat() -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with running(*CLI, "chat", "--seed", "1", **pipes) as process:

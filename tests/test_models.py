@@ -13,7 +13,7 @@ import pytest
 
 from inferpool import models
 from inferpool.engine.minilm import convert_minilm
-from inferpool.errors import ModelNotFound
+from inferpool.errors import ModelLoadError, ModelNotFound
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,15 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         convert_minilm(tmp_path, target)
     assert list(target.parent.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_converted_says_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INFERPOOL_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.raises(ModelLoadError, match=r"Not a directory.*hint: INFERPOOL_CACHE_DIR names"):
+        models.resolve("minilm")
 
 
 def test_a_path_is_itself(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferpool.config import cache_dir
-from inferpool.errors import ModelNotFound
+from inferpool.errors import ModelLoadError, ModelNotFound
 
 __all__ = ["KnownModel", "known_models", "readable", "resolve"]
 
@@ -75,6 +75,7 @@ def resolve(model: str) -> Path:
 
     Raises:
         ModelNotFound: if there is neither; the message says what would help.
+        ModelLoadError: if it can't be converted.
     """
     if model in _ENTRIES:
         return _resolve_known(model, _ENTRIES[model])
@@ -92,7 +93,7 @@ def readable(model: str) -> list[Path]:
     """The paths to open for ``model``, which may be a folder too: with all files of a split GGUF.
 
     Raises:
-        ModelNotFound: as `resolve`.
+        ModelNotFound, ModelLoadError: as `resolve`.
     """
     path = Path(model).expanduser()
     if model not in _ENTRIES and path.is_dir():
@@ -125,7 +126,13 @@ def _convert(name: str, source: Path, target: Path) -> None:
             f"the model {name!r} must be converted once, which needs {error.name}. "
             'hint: pip install "inferpool[convert]"'
         ) from error
-    convert_minilm(source, target)
+    try:
+        convert_minilm(source, target)
+    except OSError as error:
+        raise ModelLoadError(
+            f"the model {name!r} must be converted once, into {target.parent}: {error}. "
+            "hint: INFERPOOL_CACHE_DIR names another folder"
+        ) from error
 
 
 def _source(entry: _Entry) -> Path | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -73,6 +75,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; say in the documented exit code how it ended."""
+        _open_closed_streams()
         try:
             return super().invoke(ctx)
         except InferpoolError as error:
@@ -90,6 +93,13 @@ class Commands(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             report(Failure(f"{where}{error.strerror or error}"))
             ctx.exit(EXIT_FAILED)
+
+
+def _open_closed_streams() -> None:
+    """Let standard streams that are closed lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
 
 
 def console(*, stderr: bool = True) -> Console:
