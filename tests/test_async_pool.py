@@ -408,6 +408,18 @@ def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
         assert status.counters["dropped_late"] == 0
 
 
+def test_a_stream_belongs_to_one_event_loop() -> None:
+    async def first() -> Any:
+        return await anext(stream)
+
+    with Pool(echo=echo_role()) as pool:
+        stream = pool.as_async().stream("echo", "wait_for_abort")
+        assert asyncio.run(first()) is None
+        with pytest.raises(RuntimeError, match="event loop on which it was begun"):
+            asyncio.run(asyncio.wait_for(first(), 10))
+        stream.close()
+
+
 def test_tasks_may_share_a_stream() -> None:
     async def body(pool: AsyncPool) -> None:
         stream = pool.stream("echo", "count", 1000)

@@ -87,7 +87,11 @@ class Stream(Iterator[T], Generic[T]):
 
 
 class AsyncStream(AsyncIterator[T], Generic[T]):
-    """As `Stream`, on an event loop. The request is sent with the first item."""
+    """As `Stream`, on an event loop. The request is sent with the first item.
+
+    It belongs to the loop on which its first item was asked for; to go on with it on another one
+    is a `RuntimeError`.
+    """
 
     def __init__(
         self,
@@ -115,6 +119,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         self._ended = False
         self._cancelled = False
         self._lock = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         # Whoever waits for the call to be open, until it is or has been called off.
         self._opener: asyncio.Task[Any] | None = None
         # Items that came together with the last one.
@@ -125,6 +130,10 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
     async def __anext__(self) -> T:
         if self._ready:
             return self._ready.popleft()
+        loop = asyncio.get_running_loop()
+        if self._loop not in {None, loop}:  # it alone is told of new items
+            raise RuntimeError("a stream must be read on the event loop on which it was begun")
+        self._loop = loop
         async with self._lock:  # tasks that share a stream share its items
             if self._ended:
                 raise StopAsyncIteration
