@@ -9,6 +9,7 @@ import pickle
 import resource
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -494,6 +495,12 @@ def test_what_the_host_knows_of_a_role_is_bounded(option: dict[str, int]) -> Non
             make("c:d", **option)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", ["start_timeout", "stuck_after", "max_crashes", "max_queue"])
+def test_a_policy_names_what_is_of_the_wrong_type(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be an? (number|int), not str"):
+        Policy(**{option: "5"})  # type: ignore[arg-type]
+
+
 def test_a_pool_that_is_dropped_ends_its_workers() -> None:
     pool = Pool(echo=echo_role())
     pid = pool.call("echo", "facts")["pid"]
@@ -576,6 +583,13 @@ def test_errors_can_be_copied_and_pickled(error: Exception) -> None:
     for other in (copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert type(other) is type(error)
         assert (other.args, other.__dict__) == (error.args, error.__dict__)
+
+
+@pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_pool_is_not_copied_and_says_so(pool: Pool, act: Callable[[object], object]) -> None:
+    for each in (pool, pool.as_async()):
+        with pytest.raises(TypeError, match="a pool can be neither copied nor sent"):
+            act(each)
 
 
 def test_an_error_keeps_nothing_of_its_call(pool: Pool) -> None:

@@ -50,7 +50,11 @@ _MAX_THREADS = 512
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
+    try:
+        fits = least <= value <= most
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if not fits:
         raise ValueError(f"{name} must be between {least} and {most}, not {value}")
 
 
@@ -98,8 +102,11 @@ class Policy:
 
 
 def _check_seconds(name: str, value: float) -> None:
-    # Written so that NaN fails too.
-    if not value >= 0:
+    try:
+        fits = value >= 0  # which NaN is not
+    except TypeError:
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
+    if not fits:
         raise ValueError(f"{name} must not be negative: {value}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from inferpool.config import Policy, PoolOptions
 from inferpool.errors import CallTimeout
@@ -154,6 +154,9 @@ class _Base:
             wait=wait,
         )
         self._core = _Core(options, roles)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a pool can be neither copied nor sent to another process; make one there")
 
     def cancel(self, role: str) -> int:
         """Cancel the role's calls in flight, and return how many those were.
