@@ -174,6 +174,15 @@ def test_a_process_that_cannot_be_started_is_a_typed_error(
         pool.call("echo", "echo")
 
 
+@pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])
+def test_a_host_without_an_interpreter_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with Pool(echo=echo_role()) as pool, pytest.raises(WorkerStartError, match=r"sys\.executable"):
+        pool.call("echo", "echo")
+
+
 def test_a_missing_model_is_a_typed_error() -> None:
     with Pool(embed="/no/such/model.gguf") as pool, pytest.raises(ModelNotFound):
         pool.embed(["text"])

@@ -71,6 +71,23 @@ def test_a_host_ends_though_a_finished_stream_outlives_its_worker() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
 
 
+def test_a_host_needs_no_standard_streams(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    script = PREAMBLE + f"open({str(said)!r}, 'w').write(str(pool.call('echo', 'echo', 42)))"
+    closed = 'exec "$@" <&- >&- 2>&-'
+    command = ["sh", "-c", closed, "sh", sys.executable, "-c", script]
+    done = subprocess.run(command, timeout=50, check=False)
+    assert (said.read_text(), done.returncode) == ("42", 0)
+
+
+def test_a_folder_that_may_not_be_looked_at_is_passed_over(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in an import; too long a name stands for what only other users are denied.
+    monkeypatch.setattr(sys, "path", ["/" + "x" * 300, *sys.path])
+    assert pool.call("echo", "echo", 1) == 1
+
+
 def test_a_script_with_dash_c_works() -> None:
     done = run_host("", "-c", PREAMBLE + "print(pool.call('echo', 'echo', 42)); pool.close()")
     assert (done.stdout, done.stderr) == ("42\n", "")

@@ -26,6 +26,8 @@ from inferpool.host.process import (
     OomWitness,
     RoleLogFile,
     WorkerProcess,
+    call_later,
+    low_descriptors_taken,
     native_message,
     resident_bytes,
 )
@@ -107,14 +109,18 @@ class Incarnation:
         self._ending = False
         with contextlib.ExitStack() as undo:
             try:
-                self._log = RoleLogFile(spec.options.log_dir, spec.name)
-                undo.callback(self._log.close)
-                # Its descriptors go with it, and must not wait for the exception to be collected.
-                undo.callback(self.__dict__.pop, "channel", None)
-                self.channel = HostChannel(
-                    ring_capacity=_RING_CAPACITY, frame_limit=_FRAME_LIMIT, wait=spec.options.wait
-                )
-                self._process = self._spawn()
+                with low_descriptors_taken():
+                    self._log = RoleLogFile(spec.options.log_dir, spec.name)
+                    undo.callback(self._log.close)
+                    # Its descriptors go with it, and must not wait for the exception to be
+                    # collected.
+                    undo.callback(self.__dict__.pop, "channel", None)
+                    self.channel = HostChannel(
+                        ring_capacity=_RING_CAPACITY,
+                        frame_limit=_FRAME_LIMIT,
+                        wait=spec.options.wait,
+                    )
+                    self._process = self._spawn()
             except (OSError, MemoryError) as error:
                 raise WorkerStartError(
                     f"cannot start a worker for role {spec.name!r}: {error}",
@@ -235,9 +241,7 @@ class Incarnation:
 
     def _set_ladder(self) -> None:
         if self._ladder is None and self._exit is None:
-            self._ladder = threading.Timer(self.spec.policy.cancel_grace, self._climb)
-            self._ladder.daemon = True
-            self._ladder.start()
+            self._ladder = call_later(self.spec.policy.cancel_grace, self._climb)
 
     def _climb(self) -> None:
         """Some time after a call was given up: see that the worker has let go of it."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from inferpool.config import worker_environment
@@ -20,6 +20,8 @@ __all__ = [
     "OomWitness",
     "RoleLogFile",
     "WorkerProcess",
+    "call_later",
+    "low_descriptors_taken",
     "native_message",
     "oom_counts",
     "resident_bytes",
@@ -95,6 +97,30 @@ class RoleLogFile:
         os.close(self._fd)
 
 
+@contextlib.contextmanager
+def low_descriptors_taken() -> Iterator[None]:
+    """Let no descriptor that is opened meanwhile be 0, 1 or 2, which a host may have closed.
+
+    The worker's own streams have these numbers, and native code of the host writes to them.
+    """
+    with contextlib.ExitStack() as taken:
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            taken.callback(os.close, fd)
+        os.close(fd)
+        yield
+
+
+def call_later(seconds: float, act: Callable[[], object]) -> threading.Timer | None:
+    """Have a thread call `act` after a while; None if the system has no thread left for that."""
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), act)
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError:
+        return None
+    return timer
+
+
 class WorkerProcess:
     """A child process that runs ``python -m inferpool.worker``."""
 
@@ -112,6 +138,10 @@ class WorkerProcess:
         Raises:
             OSError: the system could not start it.
         """
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise OSError(
+                f"it runs in a Python interpreter, which sys.executable ({sys.executable!r}) is not"
+            )
         # -P: a file in the working directory must not shadow a module of the worker. The host's
         # own sys.path follows in the first message. In a process group of its own the worker
         # does not get the terminal's Ctrl-C, which is meant for the host.

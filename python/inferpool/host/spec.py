@@ -87,10 +87,11 @@ class RoleSpec:
         role = self.role
         # A role of one's own may be anywhere; the package's own are where the interpreter looks.
         own = role.session.partition(":")[0].startswith("inferpool.")
-        modules = [] if own else [path for path in map(Path, sys.path) if path.exists()]
+        folders = [] if own else [str(entry) or "." for entry in sys.path]
         return Sandbox(
             level=role.sandbox,
-            readable=[*role.readable, *map(str, modules)],
+            # As an import does, and not `Path.exists`, this passes over what may not be looked at.
+            readable=[*role.readable, *filter(os.path.exists, folders)],
             locate="inferpool.models:readable",
             log_path=None if log is None else str(log),
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from inferpool import codec
 from inferpool.errors import InferpoolError, PoisonousRequest, PoolClosed, QueueFull, RoleDegraded
 from inferpool.host.incarnation import Incarnation
-from inferpool.host.process import resident_bytes
+from inferpool.host.process import call_later, resident_bytes
 from inferpool.host.restart import CrashRecord
 from inferpool.host.spec import RoleSpec
 from inferpool.host.status import RoleStatus
@@ -212,15 +212,17 @@ class Supervisor:
         """Let a worker end that takes no more calls, in the background."""
         incarnation.ask_to_end()
         timeout = self.spec.options.close_timeout
-        threading.Thread(
+        waiter = threading.Thread(
             target=self._end, args=(incarnation, timeout), name="inferpool-release", daemon=True
-        ).start()
+        )
+        try:
+            waiter.start()
+        except RuntimeError:  # the system has no thread left
+            self._end(incarnation)
 
     def _set_idle_timer(self, seconds: float) -> None:
         if self._idle_timer is None and not self._closed:
-            self._idle_timer = threading.Timer(seconds, self._release_idle)
-            self._idle_timer.daemon = True
-            self._idle_timer.start()
+            self._idle_timer = call_later(seconds, self._release_idle)
 
     def _stop_idle_timer(self) -> None:
         if self._idle_timer is not None:
