@@ -655,6 +655,38 @@ def test_a_full_queue_refuses_at_once() -> None:
         assert pool.call("echo", "echo", 1) == 1
 
 
+@pytest.mark.parametrize("why", ["held", "pause"])
+def test_requests_that_wait_for_their_worker_are_in_the_queue_too(why: str) -> None:
+    policy = Policy(max_queue=1, cancel_grace=60, backoff=60)
+    waiting: list[object] = []
+
+    def wait() -> None:
+        try:
+            pool.call("echo", "echo")
+        except PoolClosed as error:
+            waiting.append(error)
+
+    with Pool(echo=echo_role(), policy=policy) as pool:
+        pool.start()
+        if why == "held":
+            stream = pool.stream("echo", "sleep", 60)
+            assert eventually(lambda: pool.status()["echo"].queue == 0)
+            stream.close()
+        else:
+            for code in (1, 2):
+                crash(pool, code)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        # The pause is not over yet.
+        assert eventually(lambda: pool.status()["echo"].queue == 1, seconds=2)
+        assert pool.status()["echo"].in_flight == 1
+        with pytest.raises(QueueFull, match="has 1 calls in flight"):
+            pool.call("echo", "echo")
+        pool.close(timeout=0.1)
+        thread.join(20)
+    assert len(waiting) == 1
+
+
 def test_a_role_may_have_a_timeout_for_calls_without_one() -> None:
     with Pool(echo=echo_role(), policy=Policy(call_timeout=0.2)) as pool:
         pool.start(timeout=30)

@@ -31,7 +31,7 @@ from inferpool.errors import (
 from inferpool.host.flight import Flight
 from inferpool.host.incarnation import Incarnation, remote_error
 from inferpool.host.supervisor import Supervisor
-from inferpool.host.watch import SIGNAL_SECONDS
+from inferpool.host.watch import SIGNAL_SECONDS, SLICE_SECONDS
 from inferpool.messages import READY_KIND
 
 __all__ = [
@@ -224,7 +224,7 @@ def _begin(
         if incarnation is None:
             incarnation = yield from _started(supervisor, deadline, model)
         if incarnation.lingering:
-            yield from _let_go(incarnation, deadline)
+            yield from _let_go(supervisor, incarnation, deadline)
         flight = incarnation.begin(kind, parts)
         if flight is None:  # it was retired meanwhile, as when another call names another model
             continue
@@ -258,12 +258,22 @@ def _started(
 ) -> Steps[Incarnation]:
     """Start a worker, after a pause if others have crashed."""
     while (pause := supervisor.pause()) > 0:
-        yield deadline.left(pause) or 0.0
-        deadline.check()
+        # By a reset the pause ends, and by a close the call.
+        yield from _paused(supervisor, min(pause, SLICE_SECONDS), deadline)
     return supervisor.start(model)
 
 
-def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
+def _paused(supervisor: Supervisor, seconds: float, deadline: Deadline) -> Steps[None]:
+    """Let time pass with a request that no worker may have yet; it counts for ``max_queue``."""
+    supervisor.waiting.append(None)
+    try:
+        yield deadline.left(seconds) or 0.0
+    finally:
+        supervisor.waiting.pop()
+    deadline.check()
+
+
+def _let_go(supervisor: Supervisor, incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
     """Wait until the worker has let go of calls that were given up, or was killed for not doing so.
 
     A request behind them would share their fate. Not so if the worker has begun with none of them,
@@ -278,8 +288,7 @@ def _let_go(incarnation: Incarnation, deadline: Deadline) -> Steps[None]:
             return
         incarnation.check()
         pause = next(pauses, pause)
-        yield deadline.left(pause) or 0.0
-        deadline.check()
+        yield from _paused(supervisor, pause, deadline)
 
 
 def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:

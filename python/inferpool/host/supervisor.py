@@ -26,6 +26,7 @@ class Supervisor:
         spec: the role; a change holds for workers started from then on.
         at_hand: the worker that may get a call without another question, see `calls.try_call`.
         owner: id of the process that started workers; None before that.
+        waiting: as many entries as calls wait until a worker may have them.
     """
 
     def __init__(self, spec: RoleSpec, budget: MemoryBudget) -> None:
@@ -38,6 +39,7 @@ class Supervisor:
         self._members: set[Incarnation] = set()
         self.at_hand: Incarnation | None = None
         self.owner: int | None = None
+        self.waiting: list[None] = []
         self._count = 0
         self._closed = False
         self._crashes = CrashRecord(spec.policy)
@@ -70,7 +72,9 @@ class Supervisor:
                 f"this request has crashed a worker of role {self.spec.name!r} twice"
             )
         limit = self.spec.policy.max_queue
-        if limit is not None and sum(len(each.flights) for each in list(self._members)) >= limit:
+        if limit is None:
+            return
+        if len(self.waiting) + sum(len(each.flights) for each in list(self._members)) >= limit:
             raise QueueFull(f"role {self.spec.name!r} has {limit} calls in flight already")
 
     def current(self, model: str | None = None) -> Incarnation | None:
@@ -325,8 +329,8 @@ class Supervisor:
             loading=first.loading if first else 0.0,
             load_seconds=first.load_seconds if first else None,
             sandbox=first.sandbox if first else None,
-            in_flight=sum(len(each.in_flight()) for each in members),
-            queue=len(queue),
+            in_flight=len(self.waiting) + sum(len(each.in_flight()) for each in members),
+            queue=len(self.waiting) + len(queue),
             memory=sum(each.memory or 0 for each in workers),
             restarts=self._crash_count,
             last_exit=self._last_exit,
