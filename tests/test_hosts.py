@@ -233,6 +233,34 @@ def test_a_forked_child_may_drop_a_stream_of_its_parent() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_while_a_lock_is_held_is_refused_too(pool: Pool) -> None:
+    pool.start()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pool._core.supervisors["echo"]._lock:
+            held.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        refused = 0
+        for use in (pool.status, pool.start, lambda: pool.reset("echo"), lambda: pool.ping("echo")):
+            with contextlib.suppress(PoolClosed):
+                use()
+                os._exit(1)
+            refused += 1
+        os._exit(refused)
+    done.set()
+    holder.join(10)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_forked_amid_a_stream_is_refused_too(pool: Pool) -> None:
     stream = pool.stream("echo", "sized", [3900] * 200_000)
 

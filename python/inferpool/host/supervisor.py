@@ -56,6 +56,19 @@ class Supervisor:
         """Whether calls are refused for good."""
         return self._closed
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosed("the pool is closed")
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        # Before a lock is taken: in a forked child, one of a thread of its parent's stays taken.
+        if self.owner not in {None, os.getpid()}:
+            raise PoolClosed(
+                f"the workers of role {self.spec.name!r} belong to the process that started them; "
+                "a forked child needs a pool of its own"
+            )
+
     def admit(self, parts: codec.Parts, model: str | None = None) -> None:
         """Refuse a request that must not reach a worker.
 
@@ -84,11 +97,10 @@ class Supervisor:
             model: which model that worker must have; the role is given it if it has another.
 
         Raises:
-            PoolClosed: the pool is closed.
+            PoolClosed: the pool is closed, or the workers are another process's.
             TypeError: the role has no model.
         """
-        if self._closed:
-            raise PoolClosed("the pool is closed")
+        self._check_open()
         if model is not None:
             with self._lock:  # nobody swaps it between the two
                 if model != self.spec.model:
@@ -108,6 +120,7 @@ class Supervisor:
 
     def pause(self) -> float:
         """Seconds until a worker may be started, because others have crashed."""
+        self._check_open()
         with self._lock:
             self._sweep()
             if self._crashes.degraded is not None or self._least_busy() is not None:
@@ -182,15 +195,16 @@ class Supervisor:
 
     def reset(self) -> None:
         """Forget the crashes, so that the role gets workers again."""
+        self._check_owner()
         with self._lock:
             self._sweep()
             self._crashes = CrashRecord(self.spec.policy)
 
     def configure(self, spec: RoleSpec) -> None:
         """Start workers by `spec` from now on. Those there are end after their calls."""
+        self._check_open()
         with self._lock:
-            if self._closed:
-                raise PoolClosed("the pool is closed")
+            self._check_open()
             self._sweep()
             retired = [each for each in self._places if each is not None]
             self._stop_idle_timer()
@@ -304,6 +318,7 @@ class Supervisor:
     def status(self) -> RoleStatus:
         """See `RoleStatus`."""
         if not self._closed:
+            self._check_owner()
             with self._lock:
                 self._sweep()
         members = [] if self._closed else sorted(self._members, key=lambda each: each.number)
