@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -34,7 +36,7 @@ from inferpool import (
     WorkerStuck,
 )
 from inferpool._transport import HostChannel
-from inferpool.host.process import WorkerProcess
+from inferpool.host.process import WorkerProcess, call_later
 from inferpool.host.restart import CrashRecord
 from inferpool.host.watch import Watch
 
@@ -114,6 +116,13 @@ def test_pauses_double_up_to_a_limit_and_are_shortened_at_random(
         assert full == 0.0 or longest - shortest > full / 10
 
 
+def test_a_pause_has_its_limit_after_any_number_of_crashes() -> None:
+    record = CrashRecord(Policy(max_crashes=5000, crash_window=1e6))
+    for _ in range(1100):
+        record.crashed(at_load=False, suspect=None, how="SIGSEGV")
+    assert 0 < record.pause() <= 5
+
+
 def test_the_heartbeat_that_a_look_wakes_does_not_count_as_waiting_for_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,6 +148,40 @@ def test_the_heartbeat_that_a_look_wakes_does_not_count_as_waiting_for_a_cpu(
     frozen = [watch.look() for _ in range(4)]
     assert log == ["ping", "ping", "threads", "ping", "threads", "ping"]
     assert frozen == pytest.approx([0.0, 0.0, 0.2, 0.4])
+
+
+def test_a_look_that_a_signal_s_handler_ends_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[None] = []
+    seconds = itertools.count(0.0, 0.2)
+    monkeypatch.setattr(
+        "inferpool.host.watch.time", SimpleNamespace(monotonic=partial(next, seconds))
+    )
+    channel = SimpleNamespace(reader_behind=False, ping=lambda: looks.append(None))
+    watch = Watch(cast("HostChannel", channel), 1)
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal place
+        if frame.f_code is not Watch.look.__code__:
+            return None
+        place -= event == "line"
+        if place == 0:
+            raise KeyboardInterrupt
+        return interrupt
+
+    for each in range(1, 8):
+        place = each
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            watch.look()
+        sys.settrace(before)
+        looks.clear()
+        other = threading.Thread(target=watch.look, daemon=True)
+        other.start()
+        other.join(10)
+        assert len(looks) == 1
 
 
 def test_a_request_that_crashed_two_workers_is_refused() -> None:
@@ -383,6 +426,32 @@ def test_a_clean_end_is_in_the_log_too(tmp_path: Path) -> None:
 
 
 # Releases.
+
+
+def test_a_time_may_be_without_end() -> None:
+    timer = call_later(float("inf"), lambda: None)
+    assert timer is not None
+    timer.join(0.1)
+    assert timer.is_alive()
+    timer.cancel()
+    timer.join(10)
+
+
+def test_a_system_without_threads_to_spare_changes_no_outcome(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(CallTimeout):
+        pool.call("echo", "wait_for_abort", timeout=0.1)
+    assert eventually(lambda: pool.status()["echo"].state == "ready")
+    pool.configure("echo", echo_role(new=True))
+    assert not is_running(pid)
+    assert pool.call("echo", "echo", 1) == 1
 
 
 def test_an_idle_worker_is_released_and_pings_are_no_use() -> None:

@@ -14,6 +14,8 @@ __all__ = ["CrashRecord"]
 
 _MAX_BACKOFF = 5.0
 """Seconds between restarts at most."""
+_MAX_DOUBLINGS = 64
+"""Any backoff is at its limit by then, and a float not yet."""
 _LOAD_CRASHES = 2
 """Crashes at load, one after the other, that put a model into quarantine."""
 _POISONOUS = 2
@@ -61,7 +63,7 @@ class CrashRecord:
             self.suspects[digest(suspect.parts)] += 1
         recent = len(self._recent)
         if recent > 1:
-            pause = min(_MAX_BACKOFF, policy.backoff * 2 ** (recent - 2))
+            pause = min(_MAX_BACKOFF, policy.backoff * 2.0 ** min(recent - 2, _MAX_DOUBLINGS))
             self._not_before = now + _jitter(pause / 2, pause)
         if self._at_load >= _LOAD_CRASHES:
             self.degraded = f"crashed while it loaded, {self._at_load} times in a row; last: {how}"

@@ -45,7 +45,8 @@ class Watch:
         self._threads: dict[int, tuple[bool, float]] = {}
         self._progress: Progress | None = None
         self._channel = channel
-        self._lock = threading.Lock()
+        # A signal's handler may look amid a look.
+        self._lock = threading.RLock()
         self._question: Call | None = None
         self._looked = time.monotonic()
 
@@ -69,9 +70,8 @@ class Watch:
 
     def look(self) -> float:
         """Ask again, without waiting, and return what `frozen` is then."""
-        if not self._lock.acquire(blocking=False):
-            return 0.0  # somebody else looks
-        try:
+        # Only `with` gives it back whenever a signal's handler raises; who waits, waits shortly.
+        with self._lock:
             now = time.monotonic()
             passed = now - self._looked
             if passed < SLICE_SECONDS / 2:
@@ -88,8 +88,6 @@ class Watch:
             self._ask()
             # What a late look heard is as old as that; the next one decides.
             return 0.0 if late else self.frozen
-        finally:
-            self._lock.release()
 
     def _starved(self, passed: float) -> float:
         """For how much of the time a thread of the worker waited for a CPU; 0 at the first look."""
