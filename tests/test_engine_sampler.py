@@ -315,6 +315,7 @@ def test_a_grammar_that_nothing_fits_is_an_error_not_a_crash(
         ("root ::= [a-z]\0", "NUL"),
         ("root ::= " + "(" * 100_000, "deeper than"),
         ("root ::= [a-z]{100000}", "repetitions"),
+        ('root ::= "{1,2}" [a"]{ 12 , 7}', "repeats from 12 to 7 times"),
         ("root ::= a\n" + "a ::= a\n" * 10_000, "more than 10000 rules"),
     ],
     ids=lambda text: text[:20],
@@ -324,6 +325,11 @@ def test_a_broken_grammar_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(InvalidRequest, match=reason):
         draw(model, context, grammar=gbnf)
+
+
+def test_bounds_within_texts_are_texts(model: Model, context: Context) -> None:
+    grammar = r'root ::= "{2,1}" | "\"" [{3,1}\]"]{1,2} # {4,1}'
+    assert model.piece(draw(model, context, grammar=grammar))[:1] in {b"{", b'"'}
 
 
 def test_what_llama_cpp_prints_about_a_grammar_still_reaches_the_log(

@@ -276,6 +276,7 @@ def test_a_literal_is_readable(text: str) -> None:
         ({"allOf": [False]}, "no instances"),
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is required"),
         ({"type": "object", "properties": []}, "properties must be a map"),
+        ({"type": "array", "prefixItems": {"type": "null"}}, "prefixItems must be a list"),
         ({"allOf": [{"minimum": 1}, {"minimum": "x"}]}, "no JSON schema"),
         (
             {"allOf": [{"exclusiveMaximum": False}, {"exclusiveMaximum": 3}]},

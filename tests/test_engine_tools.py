@@ -420,6 +420,12 @@ def test_calls_and_results_reach_the_template_in_its_shape() -> None:
     assert call["content"] == ""
     assert second == {"role": "tool", "content": "noon", "tool_call_id": "2"}
     assert first["content"] == "12:00"
+    # What a model wrote need not be what it should be.
+    for text in ('{"a": ', "[]", '{"a": %s}' % ("[" * 5000 + "]" * 5000)):
+        function = {"name": "clock", "arguments": text}
+        call = {**CALL, "function": function}
+        [turn] = turns(read([{"role": "assistant", "tool_calls": [call]}], list[ChatMessage]))
+        assert turn["tool_calls"][0]["function"] == function
 
 
 def test_calls_are_shown_one_by_one_where_the_template_takes_one_in_a_turn() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 # llama.cpp follows nested groups and chains of rules by recursion: 100,000 overflow the stack.
 _MAX_NESTING = 200
 _MAX_RULES = 10_000
+# A text, a set, a comment, or how often something is repeated.
+_BOUNDS = re.compile(
+    r""""(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*|\{\s*0*(\d{1,20})\s*,\s*0*(\d{1,20})""",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class GrammarState:
             raise InvalidRequest(f"grammar nests groups deeper than {_MAX_NESTING}")
         if grammar.gbnf.count("::=") > _MAX_RULES:
             raise InvalidRequest(f"grammar has more than {_MAX_RULES} rules")
+        # llama.cpp would add rules until there is no memory left.
+        for bounds in _BOUNDS.finditer(grammar.gbnf):
+            if bounds[1] and int(bounds[1]) > int(bounds[2]):
+                raise InvalidRequest(f"grammar repeats from {bounds[1]} to {bounds[2]} times")
         vocab = lib.llama_model_get_vocab(model.handle)
         native_errors()
         with _native_stderr() as printed:

@@ -356,6 +356,8 @@ class SchemaConverter:
         items = schema.get("items", True)
         if isinstance(items, list):  # how prefixItems was written before 2020
             prefix, items = items, schema.get("additionalItems", True)
+        if not isinstance(prefix, list):
+            raise self._refuse(path, "prefixItems must be a list")
         least, most = self._bounds(schema, "Items", path)
         if prefix:
             least = max(least, len(prefix) if most is None else min(most, len(prefix)))

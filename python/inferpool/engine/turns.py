@@ -227,5 +227,5 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
 def _arguments(call: ToolCall) -> Any:
     try:
         return _Arguments(msgspec.json.decode(call.function.arguments, type=dict[str, Any]))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return call.function.arguments  # as a model wrote it: the template shows it as text
