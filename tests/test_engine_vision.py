@@ -179,8 +179,8 @@ def test_a_turned_photo_may_have_exif_data_that_cannot_be_written() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"", r"images\[0\] is no PNG, JPEG, WEBP image"),
-        (b"GIF89a" + b"\0" * 100, "is no PNG"),
+        (b"", r"images\[0\] is not an image of type PNG or JPEG or WEBP"),
+        (b"GIF89a" + b"\0" * 100, "is not an image of type PNG"),
         (encoded(pixels(1), "PNG")[:200], "can't be decoded"),
         (encoded(pixels(1), "JPEG")[:400], "can't be decoded"),
         (encoded(pixels(1), "WEBP")[:400], "can't be decoded"),
@@ -413,7 +413,7 @@ def test_each_page_is_sent_when_it_is_done(session: role.VisionSession) -> None:
     assert [page.page for _, page in sent] == [3, 1]
     sent = serve(session, "vision.pdf", {"document": pdf(3), "pages": [], "chat": chat()}).sent
     assert sent == []
-    with pytest.raises(InvalidRequest, match="pages 1 to 3, but no 4"):
+    with pytest.raises(InvalidRequest, match="pages 1 to 3, not 4"):
         serve(session, "vision.pdf", {"document": pdf(3), "pages": [1, 4], "chat": chat()})
 
 

@@ -199,7 +199,7 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[Line]:
 def _too_long(error: ContextLengthExceeded, batch: Sequence[Line]) -> Failure:
     numbers = error.details
     return Failure(
-        f"{batch[numbers['index']].place}: {numbers['asked']} tokens, "
+        f"{batch[numbers['index']].place}: {numbers['asked']} tokens; "
         f"the model takes {numbers['context']}",
         "--truncate cuts such lines; splitting them keeps their end",
     )

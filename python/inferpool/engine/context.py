@@ -125,7 +125,7 @@ class Context:
 
         Raises:
             ModelLoadError: if llama.cpp can't make such a context, usually for want of memory, or
-                logits will be read of a model that does not continue a text.
+                logits will be read of a model that does not generate text.
         """
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -155,7 +155,7 @@ class Context:
         self.n_seq_max = n_seq_max
         if not embeddings and (model.has_encoder or not self.has_memory):
             self.close()
-            raise ModelLoadError(f"{model.path.name} does not continue a text: not a chat model")
+            raise ModelLoadError(f"{model.path.name} does not generate text: not a chat model")
 
     @property
     def has_memory(self) -> bool:

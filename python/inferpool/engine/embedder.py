@@ -92,12 +92,12 @@ class Embedder:
     def _tokenize(self, index: int, text: str, *, truncate: bool) -> npt.NDArray[np.int32]:
         tokens = self._model.tokenize(text, add_special=True, parse_special=False)
         if not tokens.size:
-            raise InvalidRequest(f"texts[{index}] gives no token, so it has no vector")
+            raise InvalidRequest(f"texts[{index}] gives no tokens, so it has no vector")
         if len(tokens) <= self.n_ctx:
             return tokens
         if not truncate:
             raise ContextLengthExceeded(
-                f"texts[{index}] has {len(tokens)} tokens, the model takes {self.n_ctx}. "
+                f"texts[{index}] has {len(tokens)} tokens; the model takes {self.n_ctx}. "
                 "hint: split it, or pass truncate=True",
                 index=index,
                 asked=len(tokens),

@@ -61,7 +61,7 @@ class Gguf:
         """Read ``path``.
 
         Raises:
-            ModelLoadError: if it is no GGUF, or says something that makes no sense.
+            ModelLoadError: if it is not a GGUF, or says something that makes no sense.
         """
         self.path = path
         try:
@@ -132,7 +132,7 @@ class _Reader:
 
     def metadata(self) -> dict[str, Any]:
         if self._bytes(4) != b"GGUF":
-            raise ValueError("no GGUF file: it begins with another magic")
+            raise ValueError("not a GGUF file: it does not begin with GGUF")
         version = self._scalar("<I")
         if version not in {2, 3}:
             raise ValueError(f"GGUF version {version} is not known")
@@ -173,7 +173,7 @@ class _Reader:
     def _skip(self, count: int) -> None:
         self._at += count
         if self._at > len(self._data):
-            raise ValueError("the file is truncated, or no GGUF")
+            raise ValueError("the file is truncated, or not a GGUF")
 
 
 def _layout(kind: int) -> str:

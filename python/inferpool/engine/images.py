@@ -77,7 +77,7 @@ def decode_image(image: object, name: str) -> Pixels:
     except InvalidRequest:
         raise
     except UnidentifiedImageError as error:
-        raise InvalidRequest(f"{name} is no {', '.join(_FORMATS)} image") from error
+        raise InvalidRequest(f"{name} is not an image of type {' or '.join(_FORMATS)}") from error
     # Pillow's decoders raise whatever broken data make them stumble over.
     except Exception as error:
         raise InvalidRequest(f"{name} can't be decoded: {error}") from error
@@ -86,7 +86,7 @@ def decode_image(image: object, name: str) -> Pixels:
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > _MAX_PIXELS:
         raise InvalidRequest(
-            f"{name} has {width} by {height} pixels; at most {_MAX_PIXELS} together are taken"
+            f"{name} has {width} by {height} pixels; at most {_MAX_PIXELS} in all are allowed"
         )
 
 
@@ -135,7 +135,7 @@ class Document:
         """Raise `InvalidRequest` if one of these page numbers, counted from 1, is not there."""
         for number in pages:
             if not 1 <= number <= self.n_pages:
-                raise InvalidRequest(f"the PDF has pages 1 to {self.n_pages}, but no {number}")
+                raise InvalidRequest(f"the PDF has pages 1 to {self.n_pages}, not {number}")
 
     def rasterise(self, number: int, dpi: int, abort: AbortToken | None = None) -> Pixels:
         """The pixels of a page.

@@ -177,7 +177,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Apply one of the operators whose results can be much larger than what they take."""
         self.tick()
         if operator == "%" and isinstance(left, str):
-            raise TypeError("texts are not formatted by % in a chat template")
+            raise TypeError("a chat template can't format texts by %")
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
             self._check_bits(left.bit_length() * right)
         elif operator == "*":
@@ -209,7 +209,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         def bounded(*args: Any) -> str:
             if ":" in layout:
-                raise TemplateTooExpensive("texts are not formatted to a width in a chat template")
+                raise TemplateTooExpensive("a chat template can't format texts to a width")
             self._check(len(layout) + layout.count("{") * sum(len(str(each)) for each in args))
             return wrapped(*args)
 

@@ -49,7 +49,7 @@ class Model:
             progress: told which part is loaded, from 0 to 1.
 
         Raises:
-            ModelLoadError: if it is no GGUF that llama.cpp can load, or its context length
+            ModelLoadError: if it is not a GGUF that llama.cpp can load, or its context length
                 is 0 or absurd.
             CallCancelled: if ``abort`` was set meanwhile.
         """

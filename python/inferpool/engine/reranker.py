@@ -82,7 +82,7 @@ class Reranker:
             return cut
         hint = "shorten the query" if truncate else "split the document, or pass truncate=True"
         raise ContextLengthExceeded(
-            f"the query and documents[{index}] have {len(tokens)} tokens together, the model "
+            f"the query and documents[{index}] have {len(tokens)} tokens together; the model "
             f"takes {self.n_ctx}. hint: {hint}",
             index=index,
             asked=len(tokens),

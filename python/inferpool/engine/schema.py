@@ -111,7 +111,7 @@ class SchemaConverter:
             problem = f"{self._what} is nested too deeply, or refers to itself"
             raise InvalidRequest(problem) from None
         except (AttributeError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"{self._what} is no JSON schema: {error}") from error
+            raise InvalidRequest(f"{self._what} is not a JSON schema: {error}") from error
 
     def _step(self, path: str) -> None:
         self._n_steps += 1
@@ -186,7 +186,7 @@ class SchemaConverter:
             if not disjoint(one, other):
                 tag = telling_property(one, other)
                 if tag is None:
-                    raise self._refuse(path, f"an instance of oneOf may be both {i} and {j} of it")
+                    raise self._refuse(path, f"an instance may match both {i} and {j} of oneOf")
                 tags[i].add(tag)
                 tags[j].add(tag)
         # What tells options apart has to be there, even where the schema lets it be left out.
@@ -333,7 +333,7 @@ class SchemaConverter:
             if not isinstance(name, str):
                 raise self._refuse(path, f"a property's name is a string, not {name!r}")
             if each is False and name in required:
-                raise self._refuse(path, f"{name!r} is required and not allowed")
+                raise self._refuse(path, f"{name!r} is required but not allowed")
         return [
             (name, each, name in required) for name, each in everything.items() if each is not False
         ]
@@ -375,7 +375,7 @@ class SchemaConverter:
             return '"[" ws ' + ' "," ws '.join(fixed) + ' ws "]"'
         if items is False or most == 0:
             if least:
-                raise self._refuse(path, "minItems asks for items and none is allowed")
+                raise self._refuse(path, "minItems asks for items, but none are allowed")
             return '"[" ws "]"'
         item = self._builder.rule(self._visit(items, f"{path}/items"))
         more = self._builder.rule(f'"," ws {item}')

@@ -132,7 +132,7 @@ class VisionEngine:
         if room < 1:
             raise ContextLengthExceeded(
                 f"the prompt has {n_prompt} tokens, {n_images} of them for images, and the answer "
-                f"needs at least 1, the context holds {self.n_ctx}",
+                f"needs at least 1; the context holds {self.n_ctx}",
                 asked=n_prompt,
                 images=n_images,
                 context=self.n_ctx,

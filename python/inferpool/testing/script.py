@@ -90,7 +90,7 @@ class ScriptedSession:
         self.dimension = options.get("dimension", 0)
         self._script = [_step(each) for each in options["script"]]
         for _ in _tokens([_step(each) for each in options["load"]], abort):
-            raise TypeError("there is nobody to send a token to while a model is loaded")
+            raise TypeError("there is nobody to send a token to while a model loads")
 
     def tokens(self, abort: Any) -> Iterator[str]:
         """The tokens of one call; waits and faults happen between them."""
