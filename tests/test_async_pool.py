@@ -408,6 +408,26 @@ def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
         assert status.counters["dropped_late"] == 0
 
 
+class EarlyLoop(asyncio.SelectorEventLoop):
+    """Its timers are 10 ms early, as those of other loops are by up to 1 ms."""
+
+    def call_at(self, when: float, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        return super().call_at(when - 0.01, *args, **options)
+
+
+def test_a_timer_that_is_early_makes_no_full_queue() -> None:
+    async def main() -> None:
+        async with echo_pool() as pool:
+            stream = pool.stream("echo", "wait_for_abort")
+            await anext(stream)
+            with pytest.raises(CallTimeout, match=r"within 0\.2 s"):
+                await pool.call("echo", "echo", b"x" * (8 << 20), timeout=0.2)
+            stream.close()
+
+    with asyncio.Runner(loop_factory=EarlyLoop) as runner:
+        runner.run(main())
+
+
 def test_a_stream_belongs_to_one_event_loop() -> None:
     async def first() -> Any:
         return await anext(stream)

@@ -241,10 +241,13 @@ def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
     while True:
         # While it loads it reads none, for as long as `Policy.start_timeout` says.
         reads = opened.incarnation.is_ready()
+        patience = deadline.left(QUEUE_SECONDS)
         try:
-            yield opened.incarnation, opened.call, "sent", deadline.left(QUEUE_SECONDS)
+            yield opened.incarnation, opened.call, "sent", patience
         except CallTimeout:
-            deadline.check()
+            # The deadline itself need not have come: the clock of a loop may have no microseconds.
+            if patience != QUEUE_SECONDS:
+                raise deadline.error() from None
             if reads:
                 raise QueueFull(
                     f"role {opened.supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
@@ -411,8 +414,7 @@ def ping(supervisor: Supervisor, driver: Driver, timeout: float | None) -> Steps
             native = incarnation.channel.ping(driver.notifier(incarnation))
             yield incarnation, native, "event", deadline.left()
         except CallTimeout:
-            deadline.check()
-            raise
+            raise deadline.error() from None
         except PeerDied as error:
             raise supervisor.explain(incarnation, error) from None
         except PoolClosed:
