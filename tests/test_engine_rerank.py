@@ -16,7 +16,12 @@ from tiny_models import END, RERANK_TEMPLATE, write_qwen3
 
 from inferpool.engine.pairs import TemplatePairs
 from inferpool.engine.reranker import Reranker
-from inferpool.errors import CallCancelled, ContextLengthExceeded, ModelLoadError
+from inferpool.errors import (
+    CallCancelled,
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelLoadError,
+)
 from inferpool.messages import RerankRequest
 from inferpool.models import resolve
 from inferpool.roles import rerank as role
@@ -179,6 +184,25 @@ def test_a_classifier_is_refused(asking: PackedSession, monkeypatch: pytest.Monk
     monkeypatch.setattr(model, "class_labels", lambda: ["spam", "ham", "eggs"])
     with pytest.raises(ModelLoadError, match="3 classes apart"):
         Reranker(model, asking.packer)
+
+
+def test_a_model_that_gives_all_pairs_one_score_is_refused(
+    asking: PackedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = asking.engine._pairs._model
+    monkeypatch.setattr(model, "class_labels", lambda: [""])
+    with pytest.raises(ModelLoadError, match="names no labels"):
+        Reranker(model, asking.packer)
+
+
+def test_a_pair_without_a_token_is_refused(
+    asking: PackedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = TemplatePairs(asking.engine._pairs._model, "{query}{document}")
+    monkeypatch.setattr(asking.engine, "_pairs", pairs)
+    assert score(asking, "", ["a"]).shape == (1,)
+    with pytest.raises(InvalidRequest, match=r"documents\[1\] give no token"):
+        score(asking, "", ["a", ""])
 
 
 def test_handler_replies_with_the_best(session: PackedSession) -> None:

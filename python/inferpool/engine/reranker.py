@@ -10,7 +10,7 @@ from inferpool.engine.backend import lib
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
 from inferpool.engine.pairs import SeparatedPairs, TemplatePairs, Tokens
-from inferpool.errors import ContextLengthExceeded, ModelLoadError
+from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
 from inferpool.messages import RerankRequest, RerankResult
 
 __all__ = ["Reranker"]
@@ -36,25 +36,30 @@ class Reranker:
             packer: computes the jobs that `job` makes.
 
         Raises:
-            ModelLoadError: if the model is not a reranker.
+            ModelLoadError: if the model is not a reranker, or can't tell pairs apart.
         """
         if packer.pooling != lib.LLAMA_POOLING_TYPE_RANK:
             raise ModelLoadError(
                 f"{model.path.name} is not a reranker: its metadata name no pooling of type rank "
                 "(<architecture>.pooling_type = 4), so it has no score for a pair"
             )
+        self._with_softmax = model.metadata("general.architecture") in _WITH_SOFTMAX
+        self._n_labels = len(model.class_labels())
+        if self._with_softmax and self._n_labels == 1:
+            raise ModelLoadError(
+                f"{model.path.name} names no labels (<architecture>.classifier.output_labels), so "
+                "llama.cpp gives every pair the same score. hint: convert it anew, as a reranker"
+            )
         self._label = _relevance_label(model)
         template = model.rerank_template
         self._pairs = TemplatePairs(model, template) if template else SeparatedPairs(model)
-        self._n_labels = len(model.class_labels())
-        self._with_softmax = model.metadata("general.architecture") in _WITH_SOFTMAX
         self.n_ctx = packer.n_ctx
 
     def job(self, request: RerankRequest, abort: AbortToken | None) -> Job:
         """What is to be computed for a request; `finish` makes results of the rows of the job.
 
         The job's error is `ContextLengthExceeded` if a pair is over-long and ``truncate`` is off,
-        or the query leaves no room for a document.
+        or the query leaves no room for a document, and `InvalidRequest` if a pair gives no token.
         """
 
         def tokenize(index: int, document: str) -> Tokens:
@@ -75,6 +80,10 @@ class Reranker:
 
     def _tokenize(self, query: str, index: int, document: str, *, truncate: bool) -> Tokens:
         tokens = self._pairs.tokens(query, document)
+        if not tokens.size:
+            raise InvalidRequest(
+                f"the query and documents[{index}] give no token, so they have no score"
+            )
         if len(tokens) <= self.n_ctx:
             return tokens
         cut = self._pairs.cut(query, document, self.n_ctx) if truncate else None

@@ -62,6 +62,7 @@ class Rerank:
             TypeError: `documents` is not a sequence of str, `query` not a str, or an
                 option is unknown.
             ValueError: ``top_n`` is less than 1.
+            InvalidRequest: the query and a document give no token.
         """
         request = _request(query, documents, options)
         return self._driver.run(_rerank(self._supervisor, self._driver, request, timeout))
