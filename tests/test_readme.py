@@ -59,11 +59,8 @@ def test_cli_commands_exist() -> None:
     assert commands <= set(main.commands)
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in main.commands)])
-def test_cli_help(arguments: list[str]) -> None:
+def test_the_command_is_installed() -> None:
     program = Path(sys.executable).with_name("inferpool")
-    result = subprocess.run(
-        [program, *arguments, "--help"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("Usage: inferpool")
     assert result.stderr == ""
