@@ -72,10 +72,10 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
 
 
 def test_what_is_to_be_read_for_a_model(tmp_path: Path) -> None:
-    names = ["a[1]-00001-of-00002.gguf", "a[1]-00002-of-00002.gguf", "a1-00001-of-00002.gguf"]
-    first, second, _ = (tmp_path / name for name in names)
-    for name in names:
-        (tmp_path / name).touch()
+    first, second = (tmp_path / f"a[1]-0000{i}-of-00002.gguf" for i in (1, 2))
+    others = ["a1-00001-of-00002.gguf", "a[1]-b-00001-of-00002.gguf", "a[1]-00001-of-00003.gguf"]
+    for path in (first, second, *(tmp_path / name for name in others)):
+        path.touch()
     assert sorted(models.readable(str(first))) == [first, second]
     assert models.readable(str(tmp_path)) == [tmp_path]
     assert models.readable("smollm2") == [models.resolve("smollm2")]

@@ -42,7 +42,7 @@ class _Entry:
 
 
 # As llama.cpp's gguf-split names them; the first file brings the others.
-_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
+_SPLIT = re.compile(r"(.+)-\d{5}(-of-\d{5}\.gguf)")
 
 _ENTRIES = {
     "minilm": _Entry(
@@ -100,7 +100,9 @@ def readable(model: str) -> list[Path]:
         return [path]
     path = resolve(model)
     split = _SPLIT.fullmatch(path.name)
-    return [path] if split is None else [*path.parent.glob(f"{glob.escape(split[1])}-*-of-*.gguf")]
+    if split is None:
+        return [path]
+    return [*path.parent.glob(f"{glob.escape(split[1])}-{'[0-9]' * 5}{split[2]}")]
 
 
 def _resolve_known(name: str, entry: _Entry) -> Path:
