@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from inferpool import ChatConfig, ModelLoadError, Pool
 from inferpool.engine import backend, memory
 from inferpool.engine.gguf import Gguf
-from inferpool.engine.memory import available_memory, require_memory
+from inferpool.engine.memory import available_memory, mapped_bytes, require_memory
 from inferpool.models import resolve
 
 TINY = Path(__file__).parent / "data" / "tiny-reranker.gguf"
@@ -177,10 +178,10 @@ def test_the_narrowest_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> 
             "/sys/fs/cgroup/outer/inner/memory.current": "1000\n",
             "/sys/fs/cgroup/outer/memory.max": "5000\n",
             "/sys/fs/cgroup/outer/memory.current": "4000\n",
-            "/sys/fs/cgroup/outer/memory.stat": "anon 1500\nfile 2500\n",
+            "/sys/fs/cgroup/outer/memory.stat": "anon 1500\nfile 2500\nshmem 300\n",
         },
     )
-    assert available_memory() == (3500, "the control group")
+    assert available_memory() == (3200, "the control group")
 
 
 def test_control_groups_of_version_1_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +191,23 @@ def test_control_groups_of_version_1_count_too(monkeypatch: pytest.MonkeyPatch) 
             "/proc/self/cgroup": "5:cpu:/a\n4:hugetlb,memory:/a\n",
             "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": "700\n",
             "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": "300\n",
+            "/sys/fs/cgroup/memory/a/memory.stat": "total_cache 90\ntotal_shmem 20\n",
         },
     )
-    assert available_memory() == (400, "the control group")
+    assert available_memory() == (470, "the control group")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("ext4", 9), ("tmpfs", 0)])
+def test_files_that_lie_in_memory_take_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: int
+) -> None:
+    parts = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    for path, text in zip(parts, ("four", "files"), strict=True):
+        path.write_text(text)
+    device = parts[0].stat().st_dev
+    mount = f"31 23 {os.major(device)}:{os.minor(device)} / /models rw shared:1 - {kind} x rw\n"
+    files(monkeypatch, {"/proc/self/mountinfo": mount})
+    assert mapped_bytes(parts) == expected
 
 
 def test_without_any_bound_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

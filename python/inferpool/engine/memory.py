@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from inferpool.engine.gguf import Gguf
 from inferpool.errors import ModelLoadError
 
-__all__ = ["available_memory", "require_memory"]
+__all__ = ["available_memory", "mapped_bytes", "require_memory"]
 
 _FLOAT32 = 4
 
@@ -24,7 +24,7 @@ def require_memory(gguf: Gguf, *, n_bytes: int, n_ctx: int, n_batch: int, logits
 
     Args:
         gguf: the model.
-        n_bytes: size of its files.
+        n_bytes: size of its files, see `mapped_bytes`.
         n_ctx: tokens in memory at most, over all sequences.
         n_batch: tokens decoded together at most.
         logits: whether tokens will be drawn.
@@ -45,6 +45,19 @@ def require_memory(gguf: Gguf, *, n_bytes: int, n_ctx: int, n_batch: int, logits
         )
 
 
+def mapped_bytes(files: Sequence[Path]) -> int:
+    """Bytes of memory that files take when they are mapped; none if they lie in it (tmpfs)."""
+    mounts = _read(Path("/proc/self/mountinfo"))
+    # 36 35 98:0 /root /mount/point rw,noatime master:1 - ext4 /dev/root rw
+    in_memory = re.findall(r"^\d+ \d+ (\d+:\d+) .* - (?:tmpfs|ramfs) ", mounts, re.MULTILINE)
+    found = [path.stat() for path in files]
+    return sum(
+        each.st_size
+        for each in found
+        if f"{os.major(each.st_dev)}:{os.minor(each.st_dev)}" not in in_memory
+    )
+
+
 def available_memory() -> tuple[int, str] | None:
     """Bytes that this process can still have, and what sets that bound; None if nothing says."""
     return min([*_of_machine(), *_of_groups(), *_of_process()], default=None)
@@ -62,22 +75,29 @@ def _of_groups() -> Iterator[tuple[int, str]]:
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers == "":
-            base, most, used, cache = root, "memory.max", "memory.current", "file"
+            base, most, used = root, "memory.max", "memory.current"
+            cache, shared = "file", "shmem"
         elif "memory" in controllers.split(","):
             base, most = root / "memory", "memory.limit_in_bytes"
-            used, cache = "memory.usage_in_bytes", "total_cache"
+            used, cache, shared = "memory.usage_in_bytes", "total_cache", "total_shmem"
         else:
             continue
         group = base / name.lstrip("/")
         for folder in (group, *group.parents):
             limit, current = _read(folder / most).strip(), _read(folder / used).strip()
             if limit.isdigit() and current.isdigit():
-                # What only caches files gives way, as it does in MemAvailable.
-                cached = re.search(rf"^{cache} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                free = int(limit) - int(current) + (int(cached[1]) if cached else 0)
+                # What only caches files gives way, as it does in MemAvailable; what is shared, and
+                # files that are nowhere else (tmpfs), are part of it and don't.
+                stat = _read(folder / "memory.stat")
+                free = int(limit) - int(current) + _entry(stat, cache) - _entry(stat, shared)
                 yield min(free, int(limit)), "the control group"
             if folder == base:
                 break
+
+
+def _entry(stat: str, name: str) -> int:
+    found = re.search(rf"^{name} (\d+)$", stat, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _of_process() -> Iterator[tuple[int, str]]:

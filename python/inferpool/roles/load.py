@@ -6,7 +6,7 @@ from inferpool.config import ChatConfig, EmbedConfig, RerankConfig, VisionConfig
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.context import context_length
 from inferpool.engine.gguf import Gguf
-from inferpool.engine.memory import require_memory
+from inferpool.engine.memory import mapped_bytes, require_memory
 from inferpool.engine.model import Model
 from inferpool.models import readable, resolve
 from inferpool.worker import report_loading
@@ -36,7 +36,7 @@ def load_model(
     if config.n_gpu_layers == 0:
         require_memory(
             gguf,
-            n_bytes=sum(path.stat().st_size for path in files),
+            n_bytes=mapped_bytes(files),
             n_ctx=n_ctx,
             n_batch=min(config.n_batch, n_ctx),
             logits=isinstance(config, ChatConfig | VisionConfig),
