@@ -8,13 +8,14 @@ import re
 from typing import Any
 
 import pytest
+from gbnf import Gbnf
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inferpool.engine.grammar import Grammar, GrammarState
 from inferpool.engine.model import Model
 from inferpool.engine.ranges import integers, reals
-from inferpool.engine.rules import GrammarBuilder, literal
+from inferpool.engine.rules import GrammarBuilder, literal, one_of
 from inferpool.engine.schema import add_schema
 from inferpool.errors import InvalidRequest
 
@@ -193,6 +194,26 @@ def test_no_number_is_rounded_to_the_bound_that_it_must_not_reach(model: Model) 
 @pytest.mark.parametrize("text", ['{"a": 1', '"\n"', "01", "1.", '{"a": 1}}', "nul", '"\\x"'])
 def test_what_is_no_json_never_comes(model: Model, text: str) -> None:
     assert not accepts(model, gbnf({}), text)
+
+
+@given(
+    st.lists(st.text('ab"\\é', max_size=4), min_size=1, unique=True),
+    st.text('ab"\\é', max_size=4),
+)
+def test_listed_values_are_told_apart_where_they_differ(texts: list[str], other: str) -> None:
+    grammar = Gbnf(f"root ::= {one_of(texts)}")
+    assert all(map(grammar.matches, texts))
+    assert grammar.matches(other) == (other in texts)
+
+
+def test_values_that_begin_alike_may_be_many_and_of_any_length(model: Model) -> None:
+    grammar = gbnf({"enum": [f"item {i}" for i in range(2000)]})
+    assert grammar.count("item") == 1
+    assert accepts(model, grammar, '"item 1999"')
+    assert not accepts(model, grammar, '"item 2000"')
+    deep = gbnf({"enum": ["a" * n for n in range(300)]})
+    assert accepts(model, deep, json.dumps("a" * 299))
+    assert not accepts(model, deep, json.dumps("a" * 300))
 
 
 def pattern(body: str) -> re.Pattern[str]:

@@ -26,7 +26,7 @@ from inferpool.engine.overlap import (
     text_of,
 )
 from inferpool.engine.ranges import integers, reals
-from inferpool.engine.rules import GrammarBuilder
+from inferpool.engine.rules import GrammarBuilder, one_of
 from inferpool.errors import InvalidRequest
 
 __all__ = ["SchemaConverter", "add_schema"]
@@ -296,10 +296,10 @@ class SchemaConverter:
             values = [value for value in values if any(is_a(value, name) for name in types)]
             if not values:
                 raise self._refuse(path, f"no value has the type {schema['type']!r}")
-        return " | ".join(self._constants(values, path))
+        return one_of(self._constants(values, path))
 
     def _constants(self, values: Sequence[Any], _path: str) -> Iterable[str]:
-        return map(self._builder.constant, values)
+        return map(self._builder.json, values)
 
     # One method per type, named after it.
 

@@ -62,7 +62,7 @@ class _Text(SchemaConverter):
         kept = [value for value in values if end not in value]
         if not kept:
             raise self._refuse(path, f"no value can stand before {end!r}")
-        return map(literal, kept)
+        return kept
 
 
 class _Arguments(SchemaConverter):
