@@ -131,7 +131,7 @@ def test_rerank_refuses_by_name(
 
 
 def test_a_model_that_is_no_reranker() -> None:
-    with Pool(rerank="minilm") as pool, pytest.raises(ModelLoadError, match="no reranker"):
+    with Pool(rerank="minilm") as pool, pytest.raises(ModelLoadError, match="not a reranker"):
         pool.rerank("bees", ["honey"])
 
 
