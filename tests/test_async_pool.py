@@ -12,14 +12,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import descriptors, echo_role, eventually
 
 from inferpool import (
     AsyncPool,
+    AsyncStream,
     CallCancelled,
     CallTimeout,
     Policy,
@@ -29,6 +32,7 @@ from inferpool import (
     RemoteError,
     WorkerCrashed,
 )
+from inferpool.host.drive import LoopDriver
 
 
 @contextlib.asynccontextmanager
@@ -406,6 +410,36 @@ def test_fifty_threads_and_fifty_tasks_at_once_get_their_own_answers() -> None:
         status = pool.status()["echo"]
         assert status.in_flight == 0
         assert status.counters["dropped_late"] == 0
+
+
+def test_a_stream_that_never_waits_lets_the_loop_go_round() -> None:
+    arrived = msgspec.msgpack.encode([("number", 1)] * 128)
+    call = SimpleNamespace(poll_messages=lambda: arrived)
+    rounds = 0
+
+    async def run(steps: object) -> SimpleNamespace:
+        return SimpleNamespace(call=call)
+
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        counter = asyncio.create_task(count())
+        driver = cast("LoopDriver", SimpleNamespace(run=run))
+        stream = AsyncStream[int](
+            driver, lambda deadline: cast("Any", None), None, lambda items: items
+        )
+        until = time.monotonic() + 0.1
+        async for _ in stream:
+            if time.monotonic() > until:
+                break
+        counter.cancel()
+
+    asyncio.run(main())
+    assert rounds > 1
 
 
 class EarlyLoop(asyncio.SelectorEventLoop):

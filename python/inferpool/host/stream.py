@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
@@ -15,6 +16,9 @@ from inferpool.host.calls import Deadline, OpenCall, Steps, next_item, ready_ite
 from inferpool.host.drive import LoopDriver, ThreadDriver
 
 __all__ = ["AsyncStream", "Stream"]
+
+BREATH_SECONDS = 0.001
+"""How long items that are there at once may keep an event loop from all else."""
 
 T = TypeVar("T")
 
@@ -126,6 +130,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         self._ready: deque[T] = deque()
         self._deadline: Deadline | None = None
         self._opened: OpenCall | None = None
+        self._breathed = time.monotonic()
 
     async def __anext__(self) -> T:
         if self._ready:
@@ -135,9 +140,10 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
             raise RuntimeError("a stream must be read on the event loop on which it was begun")
         self._loop = loop
         async with self._lock:  # tasks that share a stream share its items
-            if self._ended:
-                raise StopAsyncIteration
             try:
+                await self._breathe()
+                if self._ended:
+                    raise StopAsyncIteration
                 if self._deadline is None:
                     self._deadline = Deadline(self._timeout)
                 if self._opened is None:
@@ -155,6 +161,12 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
                 raise
             self._ready.extend(others)
         return first
+
+    async def _breathe(self) -> None:
+        """Let the loop go round, unless it just did: there may be no other wait for long."""
+        if time.monotonic() - self._breathed > BREATH_SECONDS:
+            await asyncio.sleep(0)
+            self._breathed = time.monotonic()
 
     def _check_ended(self) -> None:
         if self._cancelled:
