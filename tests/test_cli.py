@@ -254,7 +254,7 @@ def test_embed_names_the_line_that_is_too_long(tmp_path: Path) -> None:
     out.write_text("from before")
     result = run("embed", str(text), "--batch-size", "2", "--output", str(out))
     assert result.returncode == 1
-    assert f"error: {text}:3: 2002 tokens; the model takes 512\n" in result.stderr.decode()
+    assert f"error: {text}:3: 2002 tokens; at most 512 are taken\n" in result.stderr.decode()
     assert b"\nhint: --truncate" in result.stderr
     assert out.read_text() == "from before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "text"]

@@ -109,9 +109,15 @@ def test_more_texts_than_sequences_keep_their_order(
 
 
 def test_over_long_text_is_an_error_with_the_numbers(session: PackedSession) -> None:
-    with pytest.raises(ContextLengthExceeded, match=r"texts\[1\] has 602 tokens") as caught:
+    with pytest.raises(ContextLengthExceeded, match=r"602 tokens; the model takes 512") as caught:
         embed(session, ["short", "bee " * 600])
     assert caught.value.details == {"index": 1, "asked": 602, "context": 512}
+
+
+def test_a_limit_that_is_not_the_model_s_is_named(minilm_path: Path) -> None:
+    with closing(make_session(str(minilm_path), n_batch=128)) as session:
+        with pytest.raises(ContextLengthExceeded, match="n_batch allows 128 of the model's 512"):
+            embed(session, ["bee " * 130])
 
 
 def test_truncate_keeps_the_closing_token(session: PackedSession) -> None:

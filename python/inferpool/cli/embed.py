@@ -200,7 +200,7 @@ def _too_long(error: ContextLengthExceeded, batch: Sequence[Line]) -> Failure:
     numbers = error.details
     return Failure(
         f"{batch[numbers['index']].place}: {numbers['asked']} tokens; "
-        f"the model takes {numbers['context']}",
+        f"at most {numbers['context']} are taken",
         "--truncate cuts such lines; splitting them keeps their end",
     )
 

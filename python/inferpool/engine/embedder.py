@@ -42,6 +42,7 @@ class Embedder:
         self._prefixes = {**prefixes_of(model), **(prompts or {})}
         self.dimension = model.n_embd
         self.n_ctx = packer.n_ctx
+        self._limit = packer.limit
 
     def job(self, request: EmbedRequest, abort: AbortToken | None) -> Job:
         """What is to be computed for a request; `finish` makes vectors of the rows of the job.
@@ -97,7 +98,7 @@ class Embedder:
             return tokens
         if not truncate:
             raise ContextLengthExceeded(
-                f"texts[{index}] has {len(tokens)} tokens; the model takes {self.n_ctx}. "
+                f"texts[{index}] has {len(tokens)} tokens; {self._limit}. "
                 "hint: split it, or pass truncate=True",
                 index=index,
                 asked=len(tokens),

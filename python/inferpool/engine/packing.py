@@ -154,6 +154,7 @@ class Packer:
 
     Attributes:
         n_ctx: tokens a sequence may have at most.
+        limit: what sets it, in words.
         pooling: llama.cpp's ``LLAMA_POOLING_TYPE_*`` that makes a row of a sequence.
     """
 
@@ -196,6 +197,9 @@ class Packer:
         self._batch = Batch(self._context.n_batch)
         self._jobs: deque[Job] = deque()
         self.n_ctx = min(model.n_ctx_train, self._context.n_batch)
+        self.limit = f"the model takes {self.n_ctx}"
+        if self.n_ctx < model.n_ctx_train:
+            self.limit = f"n_batch allows {self.n_ctx} of the model's {model.n_ctx_train}"
         self.pooling: int = lib.llama_pooling_type(self._context.handle)
 
     def close(self) -> None:

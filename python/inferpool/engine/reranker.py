@@ -54,6 +54,7 @@ class Reranker:
         template = model.rerank_template
         self._pairs = TemplatePairs(model, template) if template else SeparatedPairs(model)
         self.n_ctx = packer.n_ctx
+        self._limit = packer.limit
 
     def job(self, request: RerankRequest, abort: AbortToken | None) -> Job:
         """What is to be computed for a request; `finish` makes results of the rows of the job.
@@ -91,8 +92,8 @@ class Reranker:
             return cut
         hint = "shorten the query" if truncate else "split the document, or pass truncate=True"
         raise ContextLengthExceeded(
-            f"the query and documents[{index}] have {len(tokens)} tokens together; the model "
-            f"takes {self.n_ctx}. hint: {hint}",
+            f"the query and documents[{index}] have {len(tokens)} tokens together; {self._limit}. "
+            f"hint: {hint}",
             index=index,
             asked=len(tokens),
             context=self.n_ctx,
