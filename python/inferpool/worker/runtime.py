@@ -187,6 +187,7 @@ def run_worker(
     _log.info("sandbox: %s", "; ".join([sandbox.level, *sandbox.missing]))
     session: Session | None = None
     try:
+        handlers = {READY_KIND: _answer_nothing, **kind_handlers}
         began = time.monotonic()
         if start_request is not None:
             _loading.set((start_request, 0))
@@ -199,7 +200,6 @@ def run_worker(
         if start_request is not None:
             start_request.send(encode("ready", Ready(load_seconds=seconds, sandbox=sandbox)))
             start_request.end()
-        handlers = {READY_KIND: _answer_nothing, **kind_handlers}
         _dispatch(channel, handlers, WorkerLoopState(role_config, session), log)
     finally:
         channel.shut_down()
