@@ -23,6 +23,7 @@ from inferpool import (
     CallTimeout,
     ContextLengthExceeded,
     EmbedConfig,
+    ModelNotFound,
     PayloadTooLarge,
     Policy,
     Pool,
@@ -493,6 +494,19 @@ def test_what_the_host_knows_of_a_role_is_bounded(option: dict[str, int]) -> Non
     for make in (EmbedConfig, partial(Role, "a:b")):
         with pytest.raises(ValueError, match=f"{next(iter(option))} must be between"):
             make("c:d", **option)  # type: ignore[arg-type]
+
+
+def test_paths_may_be_of_any_type_but_one_is_no_sequence() -> None:
+    model = Path("/no/such/model.gguf")
+    with Pool(embed=EmbedConfig(model)) as pool, pytest.raises(ModelNotFound):  # type: ignore[arg-type]
+        pool.embed(["text"])
+    role = Role("echo_role:make_session", "echo_role:HANDLERS", readable=[Path("/usr")])
+    with Pool(echo=role) as pool:
+        assert pool.call("echo", "echo", 1) == 1
+    with pytest.raises(TypeError, match="model must be a name or a path, not int"):
+        EmbedConfig(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="readable must be a sequence of paths"):
+        Role("a:b", "c:d", readable="/folder")
 
 
 @pytest.mark.parametrize("option", ["start_timeout", "stuck_after", "max_crashes", "max_queue"])

@@ -58,6 +58,13 @@ def _check_range(name: str, value: int, least: int, most: int) -> None:
         raise ValueError(f"{name} must be between {least} and {most}, not {value}")
 
 
+def _path(name: str, given: object) -> str:
+    path = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(path, str):  # os.PathLike may stand for bytes
+        raise TypeError(f"{name} must be a name or a path, not {type(given).__name__}")
+    return path
+
+
 def _check_sandbox(level: str) -> None:
     if level not in get_args(SandboxLevel):
         raise ValueError(f"sandbox must be one of {get_args(SandboxLevel)}, not {level!r}")
@@ -168,6 +175,10 @@ class _LlamaConfig(Hosting):
         super().__post_init__()
         if self.sandbox is not None:
             _check_sandbox(self.sandbox)
+        for name in ("model", "mmproj"):
+            if hasattr(self, name):
+                # Annotated as what it is from now on, since the worker reads it as that.
+                object.__setattr__(self, name, _path(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -251,7 +262,7 @@ class Role(Hosting):
     """Handed to the session factory as ``role_config.options``; any payload type."""
     sandbox: SandboxLevel = "basic"
     """Only the role's author knows what it needs, so more is asked for here."""
-    readable: Sequence[str] = ()
+    readable: Sequence[str | os.PathLike[str]] = ()
     """Above ``"basic"``: models by name, files and folders to read, beside ``sys.path``."""
     retry: int = field(default=0, kw_only=True)
     """How often a call (not a stream) whose worker ended is made again before its caller learns
@@ -260,6 +271,8 @@ class Role(Hosting):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_sandbox(self.sandbox)
+        if isinstance(self.readable, str):
+            raise TypeError("readable must be a sequence of paths, not a str")
         for name in ("session", "handlers"):
             module, separator, attribute = getattr(self, name).partition(":")
             if not (module and separator and attribute):

@@ -91,7 +91,7 @@ class RoleSpec:
         return Sandbox(
             level=role.sandbox,
             # As an import does, and not `Path.exists`, this passes over what may not be looked at.
-            readable=[*role.readable, *filter(os.path.exists, folders)],
+            readable=[*map(str, role.readable), *filter(os.path.exists, folders)],
             locate="inferpool.models:readable",
             log_path=None if log is None else str(log),
         )
