@@ -399,6 +399,11 @@ def test_templates_tell_how_a_model_reasons() -> None:
     assert reasoning_of("{{ messages }}") is None
 
 
+def test_much_white_space_is_read_as_fast_as_other_text() -> None:
+    text = "a" + " " * 1_000_000 + "b"  # took hours
+    assert parsed(text, [9], calls=HERMES).text == text
+
+
 # Conversations with tools
 
 CALL = {"id": "abcdefghi", "function": {"name": "clock", "arguments": '{"a": "é"}'}}

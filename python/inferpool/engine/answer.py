@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -29,8 +28,6 @@ from inferpool.messages import (
 )
 
 __all__ = ["Answer", "AnswerParser", "collect"]
-
-_TRAILING_SPACE = re.compile(r"\s*\Z")
 
 
 class AnswerParser:
@@ -266,7 +263,7 @@ class AnswerParser:
         """Let go of all that can't become a mark, or be white space before one."""
         n_held = max((overlap(self._held, mark) for mark in marks), default=0)
         certain = self._held[: len(self._held) - n_held]
-        certain = _TRAILING_SPACE.sub("", certain) if marks else certain
+        certain = certain.rstrip() if marks else certain
         self._said[where] += certain
         self._held = self._held[len(certain) :]
         if where == "text" and certain.strip():
