@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import children, echo_role, eventually, is_running
 
-from inferpool import CallCancelled, Policy, Pool, PoolClosed, WorkerCrashed
+from inferpool import CallCancelled, Policy, Pool, PoolClosed, WorkerCrashed, errors
 from inferpool.testing import signal_worker
 
 TESTS = str(Path(__file__).parent)
@@ -78,6 +78,23 @@ def test_a_host_needs_no_standard_streams(tmp_path: Path) -> None:
     command = ["sh", "-c", closed, "sh", sys.executable, "-c", script]
     done = subprocess.run(command, timeout=50, check=False)
     assert (said.read_text(), done.returncode) == ("42", 0)
+
+
+def test_what_a_host_is_isolated_from_its_workers_are_too(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("raise ImportError('shadowed')")
+    package = str(Path(errors.__file__).parents[1])
+    script = f"import sys; sys.path.insert(0, {package!r})" + PREAMBLE
+    script += "print(pool.call('echo', 'echo', 42))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("42\n", "")
 
 
 def test_a_folder_that_may_not_be_looked_at_is_passed_over(

@@ -142,11 +142,13 @@ class WorkerProcess:
             raise OSError(
                 f"it runs in a Python interpreter, which sys.executable ({sys.executable!r}) is not"
             )
-        # -P: a file in the working directory must not shadow a module of the worker. The host's
-        # own sys.path follows in the first message. In a process group of its own the worker
+        # -P: a file in the working directory must not shadow a module of the worker, nor one in
+        # a folder that the host's own -E, -s or -I (which is all three) keeps out. The host's own
+        # sys.path follows in the first message. In a process group of its own the worker
         # does not get the terminal's Ctrl-C, which is meant for the host.
+        flags = ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site
         self._popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "inferpool.worker", argument],
+            [sys.executable, *flags, "-P", "-m", "inferpool.worker", argument],
             stdin=subprocess.DEVNULL,
             stdout=log.fileno(),
             stderr=log.fileno(),
