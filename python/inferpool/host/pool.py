@@ -239,10 +239,13 @@ class Pool(_Base):
             What the handler sent, or None if it sent nothing.
 
         Raises:
-            RemoteError: the handler raised.
-            WorkerCrashed: the worker died meanwhile.
-            CallTimeout, CallCancelled, QueueFull, PayloadTooLarge, PoolClosed: see there.
-            TypeError, ValueError: the payload cannot travel, or there is no such role.
+            RemoteError: the handler raised; a `ModelError` or `CallError` comes back as itself.
+            WorkerStartError, WorkerCrashed, WorkerStuck, RoleDegraded: there is no worker to
+                serve it, or no longer.
+            CallTimeout, CallCancelled, QueueFull, PayloadTooLarge, PoisonousRequest, PoolClosed,
+                ProtocolError: see there.
+            TypeError, ValueError: the payload cannot travel, there is no such role, or the
+                answer has several items.
         """
         supervisor = self._core.supervisor(role)
         answer = try_call(supervisor, self._driver, kind, payload, timeout)
@@ -274,6 +277,10 @@ class Pool(_Base):
             timeout: seconds until `CallTimeout`; the workers go on.
             progress: called with a role and the seconds since the start, whenever one of its
                 workers is ready.
+
+        Raises:
+            WorkerStartError, ModelError: a session could not be built.
+            WorkerCrashed, WorkerStuck, RoleDegraded, CallTimeout, PoolClosed: as `call`.
         """
         deadline = Deadline(timeout)
         began = time.monotonic()
@@ -298,8 +305,17 @@ class Pool(_Base):
     def ping(self, role: str | None = None, *, timeout: float | None = PING_SECONDS) -> float:
         """Ask the heartbeat of a role's worker, or of every role's, whatever it is doing.
 
+        A role without a worker gets one; its session need not stand for an answer.
+
+        Args:
+            role: name of a role; None asks each, one after the other.
+            timeout: seconds until `CallTimeout`, for each role.
+
         Returns:
             Seconds until the answer; of the slowest when there are several.
+
+        Raises:
+            WorkerStartError, WorkerCrashed, RoleDegraded, CallTimeout, PoolClosed: as `call`.
         """
         return max(
             self._driver.run(ping(each, self._driver, timeout)) for each in self._core.named(role)
