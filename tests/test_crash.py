@@ -75,6 +75,16 @@ def test_a_worker_killed_while_idle_is_replaced_unnoticed(pool: Pool) -> None:
         assert pool.call("echo", "echo", turn) == turn
 
 
+def test_an_end_that_the_kernel_tells_nobody_of_is_unknown(pool: Pool) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(WorkerCrashed) as caught:
+            pool.call("echo", "exit", 3)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert caught.value.exit == "unknown, since SIGCHLD is ignored"
+
+
 def test_a_crash_fails_every_call_in_flight_once(pool: Pool) -> None:
     pool.start()
     errors: list[BaseException] = []

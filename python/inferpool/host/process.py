@@ -169,7 +169,10 @@ class WorkerProcess:
     def reap(self, timeout: float) -> str | None:
         """Wait for the end and say what it was, by name; None if the process lives on."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return _describe(self._popen.wait(timeout))
+            code = self._popen.wait(timeout)
+            if code == 0 and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+                return "unknown, since SIGCHLD is ignored"  # and the kernel keeps no status
+            return _describe(code)
         return None
 
 
