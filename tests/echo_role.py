@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -289,6 +290,13 @@ def facts(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     )
 
 
+def inherited(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """What a program sees that is started as by ``os.system``; the 3 is its own."""
+    command = ["ls", "/proc/self/fd"]
+    done = subprocess.run(command, close_fds=False, capture_output=True, text=True, check=True)
+    reply.send("descriptors", done.stdout.split())
+
+
 def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     """Write so many bytes to the log, half through logging, half as native prints."""
     for _ in range(payload // 2000):
@@ -322,5 +330,6 @@ HANDLERS: dict[str, KindHandler] = {
     "compute": compute,
     "environment": environment,
     "facts": facts,
+    "inherited": inherited,
     "chatter": chatter,
 }

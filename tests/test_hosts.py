@@ -105,6 +105,10 @@ def test_a_folder_that_may_not_be_looked_at_is_passed_over(
     assert pool.call("echo", "echo", 1) == 1
 
 
+def test_programs_that_a_handler_starts_inherit_no_channel(pool: Pool) -> None:
+    assert pool.call("echo", "inherited") == ["0", "1", "2", "3"]
+
+
 def test_a_script_with_dash_c_works() -> None:
     done = run_host("", "-c", PREAMBLE + "print(pool.call('echo', 'echo', 42)); pool.close()")
     assert (done.stdout, done.stderr) == ("42\n", "")

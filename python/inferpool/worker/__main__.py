@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 
 import msgspec
@@ -26,6 +27,9 @@ def main(argument: str) -> int:
         sandbox = enter_sandbox(arguments)
     except Exception as error:  # noqa: BLE001  # the host learns of it once it can be told
         sandbox = error
+    # Programs that a handler starts must not keep the channel open when this one has ended.
+    for fd in arguments.fds:
+        os.set_inheritable(fd, False)
     # Threads may exist from here on: the channel's heartbeat, and those of numpy's BLAS.
     channel = _transport.WorkerChannel(
         arguments.fds,
