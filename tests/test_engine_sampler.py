@@ -277,6 +277,23 @@ def test_a_grammar_draws_the_likeliest_token_that_fits(
     assert draw(model, context, temperature=0, grammar=YES_OR_NO) == expected
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"xtc_probability": 1.0, "temperature": 2.0}, {"typical_p": 0.5}, {"mirostat": 2}],
+    ids=str,
+)
+def test_a_grammar_that_everything_fits_changes_no_token(
+    model: Model, options: dict[str, Any]
+) -> None:
+    engine = ChatEngine(model, **SETTINGS)
+    with closing(engine):
+        asked = {"prompt": PROMPT, "seed": 1, "max_tokens": 40, **options}
+        constrained = ChatRequest(**asked, grammar=r"root ::= [^\x00]*")
+        assert first_tokens(engine, constrained, 32) == first_tokens(
+            engine, ChatRequest(**asked), 32
+        )
+
+
 def test_a_grammar_can_wait_for_a_text(model: Model, context: Context, logits: np.ndarray) -> None:
     greedy = int(logits.argmax())
     piece = model.piece(greedy).decode()

@@ -29,14 +29,15 @@ class Candidates:
     def __init__(self, n_vocab: int) -> None:
         self._data = np.zeros(n_vocab, TOKEN_DATA)
         self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._native = lib.llama_token_data_array(
-            data=self._data.ctypes.data_as(lib.llama_token_data_p)
-        )
+        self._begin = self._data.ctypes.data_as(lib.llama_token_data_p)
+        self._native = lib.llama_token_data_array()
 
     def fill(self, logits: npt.NDArray[np.float32]) -> None:
         """Start anew from ``logits``, shape (n_vocab,)."""
         self._data["id"] = self._ids
         self._data["logit"] = logits
+        # A sampler may drop what comes first by moving the pointer on, as XTC does.
+        self._native.data = self._begin
         self._native.size = len(logits)
         self._native.selected = -1
         self._native.sorted = False
@@ -54,7 +55,7 @@ class Candidates:
     @property
     def selected(self) -> int:
         """Id of the token that the last sampler selected."""
-        return int(self._data["id"][self._native.selected])
+        return int(self._native.data[self._native.selected].id)
 
 
 class Sampler:
