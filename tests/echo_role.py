@@ -297,6 +297,12 @@ def inherited(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     reply.send("descriptors", done.stdout.split())
 
 
+def close_streams(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    sys.stdout.close()
+    os.close(2)
+    reply.send("closed", None)
+
+
 def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     """Write so many bytes to the log, half through logging, half as native prints."""
     for _ in range(payload // 2000):
@@ -331,5 +337,6 @@ HANDLERS: dict[str, KindHandler] = {
     "environment": environment,
     "facts": facts,
     "inherited": inherited,
+    "close_streams": close_streams,
     "chatter": chatter,
 }

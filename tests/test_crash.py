@@ -276,6 +276,15 @@ def test_a_sandboxed_worker_cuts_its_log_and_the_next_one_moves_it(tmp_path: Pat
     assert (tmp_path / "worker-echo.log.1").stat().st_size >= 5 << 20
 
 
+def test_a_handler_may_close_the_worker_s_streams(pool: Pool) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    pool.call("echo", "close_streams")
+    time.sleep(0.002)  # the log's size is looked at once in a millisecond
+    assert pool.call("echo", "echo", 1) == 1
+    assert pool.call("echo", "environment", "no such variable") is None
+    assert pool.status()["echo"].pid == pid
+
+
 def test_a_log_whose_folder_is_gone_is_cut(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     with Pool(echo=echo_role(), log_dir=logs) as pool:

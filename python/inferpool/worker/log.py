@@ -72,10 +72,11 @@ def limit_log_size(path: Path | None) -> None:
 
     In a sandbox it is not: the worker may write its log, but nothing else in that folder.
     """
-    if os.fstat(2).st_size <= MAX_BYTES:
-        return
-    # A log that can be neither moved nor cut, on a disk that fails, stays as it is.
-    with contextlib.suppress(OSError):
+    # A log that can be neither moved nor cut, on a disk that fails, stays as it is; a handler may
+    # have closed it, too.
+    with contextlib.suppress(OSError, ValueError):
+        if os.fstat(2).st_size <= MAX_BYTES:
+            return
         sys.stdout.flush()
         if path is None or not _rotate(path):
             _cut()
