@@ -30,17 +30,16 @@ class Candidates:
         self._data = np.zeros(n_vocab, TOKEN_DATA)
         self._ids = np.arange(n_vocab, dtype=np.int32)
         self._begin = self._data.ctypes.data_as(lib.llama_token_data_p)
-        self._native = lib.llama_token_data_array()
+        self._native = lib.llama_token_data_array(data=self._begin)
 
     def fill(self, logits: npt.NDArray[np.float32]) -> None:
         """Start anew from ``logits``, shape (n_vocab,)."""
         self._data["id"] = self._ids
         self._data["logit"] = logits
-        # A sampler may drop what comes first by moving the pointer on, as XTC does.
-        self._native.data = self._begin
-        self._native.size = len(logits)
-        self._native.selected = -1
-        self._native.sorted = False
+        # Anew too: a sampler may drop what comes first by moving the pointer on, as XTC does.
+        self._native = lib.llama_token_data_array(
+            data=self._begin, size=len(logits), selected=-1, sorted=False
+        )
 
     def apply(self, sampler: lib.llama_sampler_p) -> None:
         """Let ``sampler`` remove, reorder, or select."""
