@@ -19,6 +19,7 @@ from inferpool.engine import backend, memory
 from inferpool.engine.gguf import Gguf
 from inferpool.engine.memory import available_memory, mapped_bytes, require_memory
 from inferpool.models import resolve
+from inferpool.roles.load import load_model
 
 TINY = Path(__file__).parent / "data" / "tiny-reranker.gguf"
 HEAD = TINY.read_bytes()[:4096]
@@ -145,17 +146,27 @@ def test_a_version_that_is_not_known_is_said(tmp_path: Path) -> None:
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: (300 * MIB, "the machine"))
+    monkeypatch.setattr(memory, "available_memory", lambda: (272 * MIB, "the machine"))
     model = Gguf(resolve("smollm2"))
-    sizes = {"n_bytes": 92 * MIB, "n_ctx": 8192, "n_batch": 512}
-    require_memory(model, **sizes, logits=False)
+    require_memory(model, n_bytes=92 * MIB, n_ctx=8192)
     with pytest.raises(ModelLoadError) as caught:
-        require_memory(model, **sizes, logits=True)
+        require_memory(model, n_bytes=93 * MIB, n_ctx=8192)
     assert str(caught.value) == (
-        "SmolLM2-135M-Instruct.Q4_1.gguf needs at least 368 MiB of memory (92 MiB for the weights, "
-        "180 MiB for a context of 8192 tokens, 96 MiB for batches of 512), and the machine leaves "
-        "300 MiB"
+        "SmolLM2-135M-Instruct.Q4_1.gguf needs at least 273 MiB of memory (93 MiB for the weights, "
+        "180 MiB for a context of 8192 tokens), and the machine leaves 272 MiB"
     )
+
+
+@pytest.mark.parametrize("n_parallel", [1, 4])
+def test_what_a_worker_takes_is_enough_for_it(
+    monkeypatch: pytest.MonkeyPatch, n_parallel: int
+) -> None:
+    config = ChatConfig("smollm2", n_ctx=1024, n_parallel=n_parallel, n_batch=1024, n_threads=1)
+    with Pool(chat=config) as pool:
+        pool.chat("bee " * 900, max_tokens=2)
+        resident = pool.status()["chat"].memory
+    monkeypatch.setattr(memory, "available_memory", lambda: (resident, "the machine"))
+    load_model(config, None).close()
 
 
 def test_a_context_for_more_than_the_machine_is_refused_before_it_is_tried() -> None:
@@ -213,7 +224,7 @@ def test_files_that_lie_in_memory_take_no_more(
 def test_without_any_bound_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     files(monkeypatch, {})
     assert available_memory() is None
-    require_memory(Gguf(TINY), n_bytes=1 << 60, n_ctx=1, n_batch=1, logits=False)
+    require_memory(Gguf(TINY), n_bytes=1 << 60, n_ctx=1)
 
 
 def test_a_limit_of_the_process_counts() -> None:

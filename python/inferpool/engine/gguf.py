@@ -54,7 +54,6 @@ class Gguf:
         metadata: values by key; of an array of more than 1024 entries, or of strings, its length.
         architecture: llama.cpp's name for it.
         n_ctx_train: context length that the model was trained with, in tokens.
-        n_vocab: number of tokens in the vocabulary.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +79,6 @@ class Gguf:
         if pooling not in _POOLING_TYPES:
             raise ModelLoadError(f"{path}: there is no pooling of type {pooling}")
         self.n_ctx_train: int = self.get("context_length", 1)
-        self.n_vocab = _count(self.metadata.get("tokenizer.ggml.tokens"))
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key of the architecture, such as ``"block_count"``."""

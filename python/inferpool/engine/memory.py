@@ -13,35 +13,31 @@ from inferpool.errors import ModelLoadError
 
 __all__ = ["available_memory", "mapped_bytes", "require_memory"]
 
-_FLOAT32 = 4
 
-
-def require_memory(gguf: Gguf, *, n_bytes: int, n_ctx: int, n_batch: int, logits: bool) -> None:
+def require_memory(gguf: Gguf, *, n_bytes: int, n_ctx: int) -> None:
     """Refuse a model that can't fit.
 
-    The need is a lower bound, so that nothing is refused that would do: the files, the tokens in
-    memory (`Gguf.bytes_per_token`), and a row of logits, in float32, for each token of a batch.
+    The need is a lower bound, so that nothing is refused that would do: the files, and the tokens
+    in memory (`Gguf.bytes_per_token`). llama.cpp allocates more for a batch, such as a row of
+    logits for each of its tokens, but hardly touches it.
 
     Args:
         gguf: the model.
         n_bytes: size of its files, see `mapped_bytes`.
         n_ctx: tokens in memory at most, over all sequences.
-        n_batch: tokens decoded together at most.
-        logits: whether tokens will be drawn.
 
     Raises:
         ModelLoadError: with the numbers.
     """
     context = n_ctx * gguf.bytes_per_token
-    compute = n_batch * gguf.n_vocab * _FLOAT32 if logits else 0
-    need = n_bytes + context + compute
+    need = n_bytes + context
     found = available_memory()
     if found is not None and need > found[0]:
         available, where = found
         raise ModelLoadError(
             f"{gguf.path.name} needs at least {_mib(need)} of memory ({_mib(n_bytes)} for the "
-            f"weights, {_mib(context)} for a context of {n_ctx} tokens, {_mib(compute)} for "
-            f"batches of {n_batch}), and {where} leaves {_mib(available)}"
+            f"weights, {_mib(context)} for a context of {n_ctx} tokens), and {where} leaves "
+            f"{_mib(available)}"
         )
 
 

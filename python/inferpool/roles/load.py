@@ -34,11 +34,5 @@ def load_model(
         files = [*files, *readable(config.mmproj)]
     # What an accelerator has, only its driver knows.
     if config.n_gpu_layers == 0:
-        require_memory(
-            gguf,
-            n_bytes=mapped_bytes(files),
-            n_ctx=n_ctx,
-            n_batch=min(config.n_batch, n_ctx),
-            logits=isinstance(config, ChatConfig | VisionConfig),
-        )
+        require_memory(gguf, n_bytes=mapped_bytes(files), n_ctx=n_ctx)
     return Model(gguf.path, n_gpu_layers=config.n_gpu_layers, abort=abort, progress=report_loading)
