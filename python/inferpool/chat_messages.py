@@ -335,7 +335,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
     """A token that the model could have chosen, as OpenAI describes it."""
 
     token: str
-    """Its text; bytes that are no UTF-8 by themselves show as U+FFFD."""
+    """Its text; bytes that are not UTF-8 by themselves show as U+FFFD."""
     logprob: float
     """Natural logarithm of its probability before any sampling option acted."""
     bytes: list[int]

@@ -95,7 +95,7 @@ class Conversation:
         self._options = options
         self._system: list[dict[str, str]] = []
         if system is not None:
-            # Arguments that are no UTF-8 come as surrogates, which can't travel.
+            # Arguments that are not UTF-8 come as surrogates, which can't travel.
             text = system.encode(errors="replace").decode()
             self._system.append({"role": "system", "content": text})
         self.turns: list[dict[str, str]] = []

@@ -12,7 +12,7 @@ class TextStream:
     """Joins the bytes of tokens into whole characters, and ends at a stop string.
 
     A character or a stop string may span tokens, so text that could still turn out to be
-    part of one is held back. Bytes that are no UTF-8 become U+FFFD.
+    part of one is held back. Bytes that are not UTF-8 become U+FFFD.
 
     Attributes:
         stopped: whether a stop string was found; it is not part of the text.
