@@ -20,11 +20,11 @@ def template(source: str) -> ChatTemplate:
 
 def test_template_gets_what_templates_are_written_for() -> None:
     source = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
         "{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}"
         "{% if add_generation_prompt %}{{ strftime_now('%Y') | length }}{% endif %}"
     )
-    messages = [{"role": "system", "content": "q"}, {"role": "user", "content": "a<b & 'é'"}]
+    messages = [{"role": "tool", "content": "q"}, {"role": "user", "content": "a<b & 'é'"}]
     assert template(source).render(messages) == "<s>\"a<b & 'é'\"4"
 
 
@@ -186,6 +186,20 @@ def test_a_template_that_only_reads_parts_gets_the_text_in_one(other: str) -> No
     assert template(either).render(USER) == "hi"
     # One that writes neither gets what it would get of others.
     assert template("{{ messages[0].content | length }} text").render(USER) == "2 text"
+
+
+@pytest.mark.parametrize("instead", ["{{ raise_exception('no system') }}", "{% continue %}"])
+def test_a_system_message_goes_to_the_user_s_turn_where_a_template_takes_none(instead: str) -> None:
+    plain = "{% for m in messages %}OTHER<{{ m.role }}>{{ m.content }}{% endfor %}"
+    source = plain.replace("OTHER", "{% if m.role == 'system' %}" + instead + "{% endif %}")
+    be = [{"role": "system", "content": f"Be {what}."} for what in ("kind", "brief", "calm")]
+    answer = {"role": "assistant", "content": "Hello."}
+    messages = [*be[:2], *USER, answer, be[2]]
+    expected = "<user>Be kind.\n\nBe brief.\n\nhi<assistant>Hello.<user>Be calm."
+    assert template(source).render(messages) == expected
+    # One that fails without tools says nothing of what it takes.
+    wants_tools = template("{{ tools | length }}" + plain.replace("OTHER", ""))
+    assert wants_tools.render([*be[:1], *USER], [{}]) == "1<system>Be kind.<user>hi"
 
 
 def test_the_template_of_the_default_model_renders(model: Model) -> None:

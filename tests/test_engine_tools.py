@@ -495,11 +495,9 @@ def test_a_template_without_system_messages_gets_tools_with_the_user_s_first_tur
         text = shown(messages)
         assert text.startswith("<assistant>Hello.<user>You may call functions")
         assert text.endswith("</tool_call>\n\nHi.")
-        assert shown(messages[:1]).startswith("<user>You may call functions")
-    builder = PromptBuilder(model, n_ctx=1024, chat_template=refusing)
-    asked = {"messages": [{"role": "system", "content": "Be kind."}, *messages], "tools": [CLOCK]}
-    with pytest.raises(InvalidRequest, match="no system"):
-        builder.build(read(asked, ChatRequest))
+        assert shown(messages[:1]).startswith("<assistant>Hello.<user>You may call functions")
+        text = shown([{"role": "system", "content": "Be kind."}, *messages])
+        assert text.startswith("<assistant>Hello.<user>Be kind.\n\nYou may call functions")
 
 
 # Through the engine

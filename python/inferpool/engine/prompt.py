@@ -75,8 +75,7 @@ class _Style:
 
     def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> str:
         if self.format.system:
-            takes_system = self.template.takes_system
-            plain = as_text(messages, tools, self.format, takes_system=takes_system)
+            plain = as_text(messages, tools, self.format)
             return self.template.render(turns(plain, self.format, self.reasoning))
         told = turns(messages, self.format, self.reasoning)
         return self.template.render(told, described(tools) or None)

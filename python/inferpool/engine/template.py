@@ -69,14 +69,19 @@ class ChatTemplate:
 
     @functools.cached_property
     def takes_system(self) -> bool:
-        """Whether it writes a system message, which some templates refuse and others drop."""
+        """Whether it writes a system message, which some templates refuse and others drop.
+
+        One that does not write a user's turn either, since it wants tools, is taken to.
+        """
+        if not self._shows([{"role": "user", "content": _PROBE}]):
+            return True
         return self._shows(
             [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
         )
 
     def _shows(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         try:
-            return _PROBE in self.render(messages)
+            return _PROBE in self._render(messages, None)
         except (InvalidRequest, ModelError):
             return False
 
@@ -87,6 +92,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt that asks for the turn after ``messages``.
 
+        What a system message says, the user's next turn does where the template takes none.
+
         Args:
             messages: the turns, as Hugging Face's templates expect them; the content is text.
             tools: what the model may call, as OpenAI describes tools.
@@ -95,6 +102,13 @@ class ChatTemplate:
             InvalidRequest: if the template refuses the messages (two user turns in a row, say).
             ModelError: if the template fails, or does not end.
         """
+        if any(message["role"] == "system" for message in messages) and not self.takes_system:
+            messages = _without_system(messages)
+        return self._render(messages, tools)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> str:
         if self._takes_only_parts:
             messages = [_in_parts(message) for message in messages]
         # About what it has to write; how much of that the template makes is bounded by it.
@@ -112,6 +126,22 @@ class ChatTemplate:
 
 def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    told: list[str] = []
+    others: list[Mapping[str, Any]] = []
+    for message in messages:
+        if message["role"] == "system":
+            told.append(message["content"])
+        elif message["role"] == "user" and told:
+            others.append({**message, "content": "\n\n".join([*told, message["content"]])})
+            told = []
+        else:
+            others.append(message)
+    if told:
+        others.append({"role": "user", "content": "\n\n".join(told)})
+    return others
 
 
 class _Refused(Exception):

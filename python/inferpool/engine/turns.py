@@ -153,11 +153,7 @@ def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def as_text(
-    messages: Sequence[ChatMessage],
-    tools: Sequence[Tool],
-    form: ToolFormat,
-    *,
-    takes_system: bool = True,
+    messages: Sequence[ChatMessage], tools: Sequence[Tool], form: ToolFormat
 ) -> Sequence[ChatMessage]:
     """A conversation with tools for a template that knows none: all about them becomes text.
 
@@ -165,7 +161,6 @@ def as_text(
         messages: the conversation.
         tools: what the model may call.
         form: how it is told of them.
-        takes_system: whether a system message may say it, or the user's first turn has to.
     """
     if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
         return messages
@@ -186,20 +181,10 @@ def as_text(
     if tools:
         listed = "\n".join(json.dumps(tool["function"]) for tool in described(tools))
         told = form.system.replace("{tools}", listed).strip()
-        _tell(plain, told, takes_system=takes_system)
-    return plain
-
-
-def _tell(plain: list[ChatMessage], told: str, *, takes_system: bool) -> None:
-    if takes_system:
         if plain[0].role == "system":
             told = f"{plain.pop(0).text}\n\n{told}"
         plain.insert(0, ChatMessage("system", told))
-        return
-    at = next((at for at, message in enumerate(plain) if message.role == "user"), 0)
-    if plain[at].role == "user":
-        told = f"{told}\n\n{plain.pop(at).text}"
-    plain.insert(at, ChatMessage("user", told))
+    return plain
 
 
 def _call(call: ToolCall, form: ToolFormat) -> str:
