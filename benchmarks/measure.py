@@ -39,8 +39,10 @@ def interleaved(
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     medians: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
+    for number in range(rounds):
+        # Forwards and backwards by turns, so that nobody always follows the same one.
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
+            contender = contenders[name]
             with (turns or {}).get(name, nullcontext)():
                 contender()  # to get warm: what ran before has left other data in the caches
                 values = [contender() for _ in range(repeats)]
