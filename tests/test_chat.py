@@ -247,5 +247,5 @@ def test_a_text_is_completed_as_it_is(chat_pool: Pool) -> None:
     assert asyncio.run(complete_asynchronously(chat_pool)) == (whole.text, whole.text)
     with pytest.raises(ValueError, match="prompt must not be empty"):
         chat_pool.chat.complete("")
-    with pytest.raises(ValueError, match="takes no tools"):
+    with pytest.raises(ValueError, match="takes neither tools"):
         chat_pool.chat.complete("hi", tools=[TOOL])

@@ -52,6 +52,22 @@ def shown(prompt: Prompt) -> str:
     return b"".join(pieces).decode()
 
 
+def test_a_template_knows_what_it_is_given_besides(model: Model) -> None:
+    source = "{{ messages[0].content }}:{{ effort | default('none') }}{{ ' ' ~ style if style }}."
+    builder = PromptBuilder(model, n_ctx=1024, chat_template=source)
+    for others, expected in (
+        ({}, "Hi:none."),
+        ({"effort": "low"}, "Hi:low."),
+        ({"style": {"x": 1}}, "Hi:none {'x': 1}."),
+    ):
+        fields = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": others}
+        assert shown(builder.build(read(fields, ChatRequest))) == expected
+        with pytest.raises(ValueError, match="chat_template_kwargs can't replace 'messages'"):
+            read({**fields, "chat_template_kwargs": {**others, "messages": []}}, ChatRequest)
+    with pytest.raises(ValueError, match="neither tools nor chat_template_kwargs"):
+        read({"prompt": "Hi", "chat_template_kwargs": {"effort": "low"}}, ChatRequest)
+
+
 # Windowing
 
 

@@ -265,6 +265,9 @@ class NamedTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     type: Literal["function"] = "function"
 
 
+_GIVEN_TO_TEMPLATES = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
 class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A conversation whose next turn is wanted, or a prompt that is to be continued as it is."""
 
@@ -273,6 +276,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tools: list[Tool] = []
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     truncation: Literal["auto", "disabled"] = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
     cache_prompt: bool | None = None
     priority: Priority = "interactive"
 
@@ -281,12 +285,16 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("either messages or prompt is needed, not both")
         if self.messages is None:
-            if self.prompt == "" or self.tools:
-                raise ValueError("prompt must not be empty, and takes no tools")
+            if self.prompt == "" or self.tools or self.chat_template_kwargs:
+                raise ValueError(
+                    "prompt must not be empty, and takes neither tools nor chat_template_kwargs"
+                )
             return
         if not self.messages:
             raise ValueError("messages must not be empty")
         _check_results(self.messages)
+        for name in _GIVEN_TO_TEMPLATES & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs can't replace {name!r}")
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) != len(names):
             raise ValueError("two tools have the same name")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,12 +74,16 @@ class _Style:
         form = tool_format_of(source, takes_tools=template.takes_tools)
         return cls(template, form, reasoning_of(source))
 
-    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> str:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool],
+        others: Mapping[str, Any],
+    ) -> str:
         if self.format.system:
-            plain = as_text(messages, tools, self.format)
-            return self.template.render(turns(plain, self.format, self.reasoning))
+            messages, tools = as_text(messages, tools, self.format), []
         told = turns(messages, self.format, self.reasoning)
-        return self.template.render(told, described(tools) or None)
+        return self.template.render(told, described(tools) or None, others)
 
 
 class PromptBuilder:
@@ -150,7 +155,7 @@ class PromptBuilder:
         tokenized: dict[int, npt.NDArray[np.int32]] = {}
 
         def fits(n_exchanges: int) -> bool:
-            text = style.render(window.without(n_exchanges), tools)
+            text = style.render(window.without(n_exchanges), tools, request.chat_template_kwargs)
             rendered[n_exchanges] = text
             if self._at_least(text) > self.n_ctx:
                 return False
@@ -168,7 +173,7 @@ class PromptBuilder:
             raise InvalidRequest("the chat template makes an empty prompt of these messages")
         if self._needed(request) + len(tokens) > self.n_ctx:
             kept = window.without(dropped)
-            without = plain.render(kept, []) if tools else text
+            without = plain.render(kept, [], request.chat_template_kwargs) if tools else text
             asked = len(self._model.tokenize_prompt(without)) if tools else len(tokens)
             self._check_room(request, asked, len(tokens) - asked)
         reasoning = style.reasoning

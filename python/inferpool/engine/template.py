@@ -81,7 +81,7 @@ class ChatTemplate:
 
     def _shows(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         try:
-            return _PROBE in self._render(messages, None)
+            return _PROBE in self._render(messages, None, {})
         except (InvalidRequest, ModelError):
             return False
 
@@ -89,6 +89,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        others: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt that asks for the turn after ``messages``.
 
@@ -97,6 +98,7 @@ class ChatTemplate:
         Args:
             messages: the turns, as Hugging Face's templates expect them; the content is text.
             tools: what the model may call, as OpenAI describes tools.
+            others: values of variables that this template knows besides these two.
 
         Raises:
             InvalidRequest: if the template refuses the messages (two user turns in a row, say).
@@ -104,17 +106,21 @@ class ChatTemplate:
         """
         if any(message["role"] == "system" for message in messages) and not self.takes_system:
             messages = _without_system(messages)
-        return self._render(messages, tools)
+        return self._render(messages, tools, others or {})
 
     def _render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        others: Mapping[str, Any],
     ) -> str:
         if self._takes_only_parts:
             messages = [_in_parts(message) for message in messages]
         # About what it has to write; how much of that the template makes is bounded by it.
-        self._environment.allow(len(str(messages)) + len(str(tools)))
+        given = {**others, "messages": messages, "tools": tools, "add_generation_prompt": True}
+        self._environment.allow(len(str(given)))
         try:
-            return self._template.render(messages=messages, tools=tools, add_generation_prompt=True)
+            return self._template.render(given)
         except _Refused as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         except TemplateTooExpensive as error:

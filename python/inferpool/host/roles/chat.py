@@ -120,6 +120,9 @@ class ChatOptions(CompletionOptions, total=False):
     tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None
     """Whether it must: ``"required"``, or ``{"type": "function", "function": {"name": ...}}`` for a
     certain one; the answer is then a well-formed call. Default ``"auto"``."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """What the model's chat template knows besides messages and tools, such as
+    ``{"enable_thinking": False}`` for Qwen 3 or ``{"reasoning_effort": "low"}`` for gpt-oss."""
     truncation: Literal["auto", "disabled"] | None
     """``"auto"``, the default, drops the oldest exchanges of a conversation that the context can't
     hold, but not system messages and the last user's turn; ``"disabled"`` raises
