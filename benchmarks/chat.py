@@ -30,7 +30,7 @@ def run(*, quick: bool) -> list[Row]:
     """All comparisons of chat."""
     rows: list[Row] = []
     with _contenders() as (pool, server, llama):
-        rounds = 1 if quick else 3
+        rounds = 1 if quick else 5
         for n in STREAMS:
             rows += _streams(pool, server, llama if n == 1 else None, n, rounds)
         rows += _first_token(pool, server, rounds)
