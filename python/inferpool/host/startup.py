@@ -29,9 +29,9 @@ class Startup:
 
     def begin(self, call: Call) -> None:
         """Send ``call``, which fits into an empty ring."""
-        self._call = call
         self.id = call.id
         call.send()
+        self._call = call  # only now: one that could not be sent has no answers to ask for
 
     def poll(self) -> None:
         """Note what the worker has said meanwhile.
