@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from conftest import TIRELESS, descriptors, echo_role, eventually, is_running
@@ -29,7 +31,9 @@ from inferpool import (
     WorkerCrashed,
     WorkerStartError,
 )
+from inferpool._transport import Call
 from inferpool.host.process import oom_counts
+from inferpool.host.startup import Startup
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
@@ -183,6 +187,32 @@ def test_a_process_that_cannot_be_started_is_a_typed_error(
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with Pool(echo=echo_role()) as pool, pytest.raises(WorkerStartError, match="No such file"):
         pool.call("echo", "echo")
+
+
+def test_a_worker_that_cannot_be_told_to_start_is_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Unsendable:
+        def __init__(self, call: Call) -> None:
+            self._call = call
+
+        def send(self) -> None:
+            self._call.abandon()  # as when it fails by itself
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._call, name)
+
+    begin = Startup.begin
+    monkeypatch.setattr(
+        Startup, "begin", lambda startup, call: begin(startup, cast("Call", Unsendable(call)))
+    )
+    with Pool(echo=echo_role()) as pool:
+        with pytest.raises(WorkerStartError, match=r"could not be reached: .*Too many open files"):
+            pool.call("echo", "echo")
+        monkeypatch.undo()
+        pool.reset("echo")
+        assert pool.call("echo", "echo", 1) == 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])

@@ -293,8 +293,8 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if not self.messages:
             raise ValueError("messages must not be empty")
         _check_results(self.messages)
-        for name in _GIVEN_TO_TEMPLATES & self.chat_template_kwargs.keys():
-            raise ValueError(f"chat_template_kwargs can't replace {name!r}")
+        if given := _GIVEN_TO_TEMPLATES & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs can't replace {', '.join(sorted(given))}")
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) != len(names):
             raise ValueError("two tools have the same name")

@@ -39,7 +39,7 @@ class Supervisor:
         self._members: set[Incarnation] = set()
         self.at_hand: Incarnation | None = None
         self.owner: int | None = None
-        self.waiting: list[None] = []
+        self.waiting: list[None] = []  # no int, since threads would lose counts
         self._count = 0
         self._closed = False
         self._crashes = CrashRecord(spec.policy)
