@@ -50,11 +50,10 @@ struct Pair {
 impl Drop for Pair {
     fn drop(&mut self) {
         self.worker.shut_down();
-        for servant in self.servants.drain(..) {
-            assert!(servant.join().is_ok() || std::thread::panicking());
-        }
+        let served: Vec<_> = self.servants.drain(..).map(JoinHandle::join).collect();
         // Before the host's end of the control socket closes, which would end this process.
         self.worker.join_heartbeat();
+        assert!(served.iter().all(Result::is_ok) || std::thread::panicking());
     }
 }
 
@@ -1039,28 +1038,30 @@ fn a_look_is_not_interrupted_by_a_signal() {
 fn a_stream_of_another_call_keeps_nobody_from_its_deadline() {
     const APART: Duration = Duration::from_micros(20);
     const FAR_FROM_ALL: u64 = 1000;
-    let mut pair = pair(4096);
+    let pair = pair(4096);
     let (_, streaming) = pair.open_call();
     let (call, _port) = pair.open_call();
-    let (stop, stopped) = mpsc::channel::<()>();
-    pair.servants.push(std::thread::spawn(move || {
-        // Until the window of the stream, which nobody reads, is full.
-        while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
-            let sent = streaming.try_send(Kind::Data, &Gather::new(&[b"item"]).unwrap());
-            assert!(matches!(sent, None | Some(Ok(()))), "{sent:?}");
-            let next = Instant::now() + APART;
-            while Instant::now() < next {
-                std::hint::spin_loop();
+    // Not one of the pair's servants: their worker shuts down while they work, which ends a stream.
+    std::thread::scope(|scope| {
+        let (_stop, stopped) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            // Until the window of the stream, which nobody reads, is full.
+            while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+                let sent = streaming.try_send(Kind::Data, &Gather::new(&[b"item"]).unwrap());
+                assert!(matches!(sent, None | Some(Ok(()))), "{sent:?}");
+                let next = Instant::now() + APART;
+                while Instant::now() < next {
+                    std::hint::spin_loop();
+                }
             }
-        }
-    }));
-    let waited = pair.host.wait(call, Patience::Spin);
-    assert!(matches!(waited, Err(Error::WouldPark)));
-    let waited = pair.host.wait(call, briefly());
-    assert!(matches!(waited, Err(Error::TimedOut)));
+        });
+        let waited = pair.host.wait(call, Patience::Spin);
+        assert!(matches!(waited, Err(Error::WouldPark)));
+        let waited = pair.host.wait(call, briefly());
+        assert!(matches!(waited, Err(Error::TimedOut)));
+    });
     let read = pair.host.counters().frames_received;
     assert!(read < FAR_FROM_ALL, "{read} items");
-    drop(stop);
 }
 
 #[test]
