@@ -79,14 +79,23 @@ def test_a_worker_killed_while_idle_is_replaced_unnoticed(pool: Pool) -> None:
         assert pool.call("echo", "echo", turn) == turn
 
 
-def test_an_end_that_the_kernel_tells_nobody_of_is_unknown(pool: Pool) -> None:
-    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def _reap_all(_signal: int, _frame: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, _reap_all], ids=["ignored", "reaped"])
+def test_an_end_whose_status_others_take_is_unknown(pool: Pool, handler: signal._HANDLER) -> None:
+    pool.start()
+    before = signal.signal(signal.SIGCHLD, handler)
     try:
         with pytest.raises(WorkerCrashed) as caught:
             pool.call("echo", "exit", 3)
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert caught.value.exit == "unknown, since SIGCHLD is ignored"
+    assert caught.value.exit == "unknown, since this program takes the status of any child"
+    assert pool.call("echo", "echo", 1) == 1
 
 
 def test_a_crash_fails_every_call_in_flight_once(pool: Pool) -> None:

@@ -156,6 +156,7 @@ class WorkerProcess:
             process_group=0,
             env=worker_environment(environment),
         )
+        self._exit: str | None = None
 
     @property
     def pid(self) -> int:
@@ -163,26 +164,46 @@ class WorkerProcess:
         return self._popen.pid
 
     def kill(self) -> None:
-        """Send SIGKILL, unless the process has been reaped."""
-        self._popen.kill()
+        """Send SIGKILL, unless the process has ended."""
+        self._look()
+        if self._exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def reap(self, timeout: float) -> str | None:
         """Wait for the end and say what it was, by name; None if the process lives on."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._popen.wait(timeout)
-            if code == 0 and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-                return "unknown, since SIGCHLD is ignored"  # and the kernel keeps no status
-            return _describe(code)
-        return None
+        deadline = time.monotonic() + timeout
+        pause = 0.0005
+        while True:
+            self._look()
+            if self._exit is not None:
+                self._popen.wait()  # which makes a 0 of a status that is gone
+                return self._exit
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.05)
+
+    def _look(self) -> None:
+        if self._exit is not None:
+            return
+        try:
+            # The status stays, for whoever reaps the process.
+            seen = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:  # the kernel is told to keep none, or another wait took it
+            self._exit = "unknown, since this program takes the status of any child"
+        else:
+            self._exit = None if seen is None else _describe(seen)
 
 
-def _describe(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit code {returncode}"
+def _describe(seen: os.waitid_result) -> str:
+    if seen.si_code == os.CLD_EXITED:
+        return f"exit code {seen.si_status}"
     try:
-        return signal.Signals(-returncode).name
+        return signal.Signals(seen.si_status).name
     except ValueError:
-        return f"signal {-returncode}"
+        return f"signal {seen.si_status}"
 
 
 def native_message(tail: str) -> str | None:
