@@ -34,11 +34,14 @@ _CALLS = {
     "pidfd_send_signal": 424,
     "io_uring_setup": 425,
     "clone3": 435,
+    "openat2": 437,
     "pidfd_getfd": 438,
     "setxattrat": 463,
     "removexattrat": 466,
     "file_setattr": 469,
 }
+# Opens a file to be neither read nor written, but for `ioctl`.
+_NEITHER = 3
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -140,13 +143,16 @@ def _in_thread(attempt: Callable[[], None]) -> None:
 
 
 def attempts(at: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """What to try, by name; `at` says where: host, secret, folder, log_dir, tcp, udp, unix."""
+    """What to try, by name; `at` says where: host, secret, model, folder, log_dir, sockets."""
     host, folder = at["host"], Path(at["folder"])
-    secret, mine = at["secret"], folder / "mine"
+    secret, mine, model = at["secret"], folder / "mine", at["model"]
     inet, stream, datagram = socket.AF_INET, socket.SOCK_STREAM, socket.SOCK_DGRAM
     return {
         "read a file in the home directory": lambda: Path(secret).read_text(),
         "read it from another thread": lambda: _in_thread(lambda: _open(secret)),
+        "open it with flags in memory": lambda: os.close(
+            _call("openat2", -100, secret.encode(), struct.pack("QQQ", _NEITHER, 0, 0), 24)
+        ),
         "read it through /proc/self/root": lambda: _open(f"/proc/self/root{secret}"),
         "list the home directory": lambda: os.listdir(Path(secret).parent),
         "read /etc/passwd": lambda: Path("/etc/passwd").read_text(),
@@ -154,6 +160,9 @@ def attempts(at: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "write beside the log": lambda: _write(Path(at["log_dir"], "other.log")),
         "append to a file": lambda: _open(secret, os.O_WRONLY | os.O_APPEND),
         "truncate a file": lambda: os.truncate(secret, 6),
+        "truncate the model": lambda: _open(model, os.O_TRUNC),
+        "truncate a file by opening it": lambda: _open(secret, _NEITHER | os.O_TRUNC),
+        "open a file for neither reading nor writing": lambda: _open(secret, _NEITHER),
         "remove a file": lambda: os.remove(folder / "remove"),
         "rename a file": lambda: os.rename(folder / "rename", folder / "renamed"),
         "link a file": lambda: os.link(secret, folder / "link"),

@@ -200,7 +200,25 @@ fn denied(own: u32) -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![address])?]);
     rules.insert(libc::SYS_fcntl, commands(&SIGNALLING_FCNTL)?);
     rules.insert(libc::SYS_ioctl, commands(&SIGNALLING_IOCTL)?);
+    rules.insert(libc::SYS_openat, modes(2)?);
+    #[cfg(target_arch = "x86_64")]
+    rules.insert(libc::SYS_open, modes(1)?);
     Ok(rules)
+}
+
+/// Rules for what opens a file, whose flags are in this argument. Landlock asks for no right where a
+/// file is opened neither to be read nor to be written (mode 3), which is enough for `ioctl`; and
+/// before Linux 6.2 for none to cut a file off that is opened so, or only to be read.
+fn modes(argument: u8) -> Result<Vec<SeccompRule>, BackendError> {
+    let neither = libc::O_ACCMODE as u64;
+    let cut = libc::O_TRUNC as u64;
+    let rule = |mask, flags| {
+        let masked = SeccompCmpOp::MaskedEq(mask);
+        let is = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, masked, flags)?;
+        SeccompRule::new(vec![is])
+    };
+    // Reading is mode 0.
+    Ok(vec![rule(neither, neither)?, rule(neither | cut, cut)?])
 }
 
 /// A rule for each of these second arguments.
@@ -212,9 +230,11 @@ fn commands(commands: &[u64]) -> Result<Vec<SeccompRule>, BackendError> {
     commands.iter().map(rule).collect()
 }
 
-/// Its flags are in memory, out of a filter's sight; libc then takes `clone`.
+/// Their flags are in memory, out of a filter's sight; libc then takes `clone` and `openat`.
 fn absent() -> Rules {
-    Rules::from([(libc::SYS_clone3, Vec::new())])
+    [libc::SYS_clone3, libc::SYS_openat2]
+        .map(|call| (call, Vec::new()))
+        .into()
 }
 
 /// The same system calls have other numbers there, and pass as the same architecture.
