@@ -126,6 +126,13 @@ def _open(path: str, flags: int = os.O_RDONLY) -> None:
     os.close(os.open(path, flags))
 
 
+def _set_flag(path: str) -> None:
+    """Have backups pass the file over, as `chattr +d` does."""
+    with open(path, "rb") as file:
+        flags = fcntl.ioctl(file, 0x80086601, bytes(8))
+        fcntl.ioctl(file, 0x40086602, struct.pack("q", 0x40 | struct.unpack("q", flags)[0]))
+
+
 def _in_thread(attempt: Callable[[], None]) -> None:
     caught: list[BaseException] = []
 
@@ -163,6 +170,7 @@ def attempts(at: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "truncate the model": lambda: _open(model, os.O_TRUNC),
         "truncate a file by opening it": lambda: _open(secret, _NEITHER | os.O_TRUNC),
         "open a file for neither reading nor writing": lambda: _open(secret, _NEITHER),
+        "change flags of the model": lambda: _set_flag(model),
         "remove a file": lambda: os.remove(folder / "remove"),
         "rename a file": lambda: os.rename(folder / "rename", folder / "renamed"),
         "link a file": lambda: os.link(secret, folder / "link"),

@@ -27,8 +27,19 @@ const SYS_FILE_SETATTR: c_long = 469;
 /// These have the kernel send a signal of one's choice to any process of the same user, when
 /// something happens to a descriptor: `F_SETOWN`, `F_SETSIG`, `F_SETOWN_EX`.
 const SIGNALLING_FCNTL: [u64; 3] = [8, 10, 15];
-/// The same for sockets: `FIOSETOWN`, `SIOCSPGRP`.
-const SIGNALLING_IOCTL: [u64; 2] = [0x8901, 0x8902];
+/// The same for sockets: `FIOSETOWN`, `SIOCSPGRP`. And those that change a file's flags, for which
+/// it need not be opened to be written: `FS_IOC_SETFLAGS` and `FS_IOC_SETVERSION`, each of two sizes,
+/// `FS_IOC_FSSETXATTR`, `FAT_IOCTL_SET_ATTRIBUTES`.
+const DENIED_IOCTL: [u64; 8] = [
+    0x8901,
+    0x8902,
+    0x4008_6602,
+    0x4004_6602,
+    0x4008_7602,
+    0x4004_7602,
+    0x401c_5820,
+    0x4004_7211,
+];
 
 /// Denied whatever their arguments.
 const DENIED: &[c_long] = &[
@@ -199,7 +210,7 @@ fn denied(own: u32) -> Result<Rules, BackendError> {
     let address = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0)?;
     rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![address])?]);
     rules.insert(libc::SYS_fcntl, commands(&SIGNALLING_FCNTL)?);
-    rules.insert(libc::SYS_ioctl, commands(&SIGNALLING_IOCTL)?);
+    rules.insert(libc::SYS_ioctl, commands(&DENIED_IOCTL)?);
     rules.insert(libc::SYS_openat, modes(2)?);
     #[cfg(target_arch = "x86_64")]
     rules.insert(libc::SYS_open, modes(1)?);
