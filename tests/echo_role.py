@@ -297,6 +297,16 @@ def inherited(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     reply.send("descriptors", done.stdout.split())
 
 
+def note_signals(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Note from now on what is held back while a handler of SIGUSR1 runs, in the session."""
+    masks = cast(Session, state.session).options["masks"] = []
+
+    def note(*_: object) -> None:
+        masks.append(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+    signal.signal(signal.SIGUSR1, note)
+
+
 def close_streams(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     sys.stdout.close()
     os.close(2)
@@ -337,6 +347,7 @@ HANDLERS: dict[str, KindHandler] = {
     "environment": environment,
     "facts": facts,
     "inherited": inherited,
+    "note_signals": note_signals,
     "close_streams": close_streams,
     "chatter": chatter,
 }

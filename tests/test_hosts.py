@@ -109,6 +109,14 @@ def test_programs_that_a_handler_starts_inherit_no_channel(pool: Pool) -> None:
     assert pool.call("echo", "inherited") == ["0", "1", "2", "3"]
 
 
+def test_a_signal_s_handler_in_an_idle_worker_holds_no_others_back(pool: Pool) -> None:
+    pool.call("echo", "note_signals")
+    time.sleep(0.3)  # from the 50th millisecond on the worker sleeps until there is a request
+    signal_worker(pool, "echo", "SIGUSR1")
+    # Programs that the handler starts would inherit that, and nobody could end them.
+    assert eventually(lambda: pool.call("echo", "facts")["options"]["masks"] == [0])
+
+
 def test_a_script_with_dash_c_works() -> None:
     done = run_host("", "-c", PREAMBLE + "print(pool.call('echo', 'echo', 42)); pool.close()")
     assert (done.stdout, done.stderr) == ("42\n", "")

@@ -97,7 +97,9 @@ pub fn patiently<T: Send>(
     let nap = Instant::now() + NAP;
     let mut gated = false;
     loop {
-        // Closed before the look at pending signals: one that comes after it ends the sleep.
+        // With nothing held back, since programs that a handler starts inherit what is.
+        py.check_signals()?;
+        // And once more, for signals that came before this: one that comes after it ends the sleep.
         let gate = gated.then(SignalGate::close);
         py.check_signals()?;
         let patience = Patience::Park {
