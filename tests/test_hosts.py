@@ -190,10 +190,10 @@ def test_the_interpreter_exits_with_calls_in_flight(start: str) -> None:
         "    try: pool.call('echo', 'sleep', 30)\n"
         "    except PoolClosed: pass\n"
         f"pool.start()\n{start}\n"
-        "time.sleep(0.3)\n"
-        "print(pool.status()['echo'].in_flight > 0)\n"
+        "while not pool.status()['echo'].in_flight: time.sleep(0.01)\n"
+        "print('in flight')\n"
     )
-    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+    assert (done.stdout, done.stderr, done.returncode) == ("in flight\n", "", 0)
 
 
 def test_the_interpreter_exits_with_a_stream_open_on_the_main_thread() -> None:
