@@ -119,6 +119,7 @@ impl Doorbell {
             SocketFlags::CLOEXEC,
             None,
         )?;
+        system::refuse_descriptors(&ours);
         Ok((Self(ours), theirs))
     }
 
@@ -173,6 +174,7 @@ impl ControlSocket {
     pub(crate) fn pair() -> Result<(Self, OwnedFd)> {
         let kind = system::CONTROL_SOCKET;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+        system::refuse_descriptors(&ours);
         Ok((Self(system::control_fd(ours)), theirs))
     }
 
@@ -191,7 +193,8 @@ impl ControlSocket {
     }
 
     /// Takes one message without blocking. An empty one counts as closing: no honest peer sends
-    /// one. Descriptors that come with it are closed by the kernel, as no room is given for them.
+    /// one. Descriptors that come with it, where they are not refused, are closed by the kernel, as
+    /// no room is given for them.
     pub(crate) fn receive(&self, buffer: &mut [u8; SIZE]) -> Result<Datagram> {
         let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
         loop {

@@ -19,6 +19,7 @@ use inferpool_transport::{
     WaitPolicy, Worker,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, send, sendmsg, shutdown,
@@ -693,6 +694,40 @@ fn an_answer_given_twice_is_one_too_many() {
     attack.expect(Violation::Control);
 }
 
+/// Sends a message and a hundred descriptors.
+fn send_along(socket: impl AsFd, message: &[u8], attack: &Attack) -> Result<usize, Errno> {
+    let fds = [attack.inherited.segment.as_fd(); 100];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(100))];
+    let mut along = SendAncillaryBuffer::new(&mut space);
+    assert!(along.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(
+        socket,
+        &[IoSlice::new(message)],
+        &mut along,
+        SendFlags::DONTWAIT,
+    )
+}
+
+/// Who receives them closes them, which can take long.
+#[test]
+#[cfg(not(feature = "posix"))]
+fn descriptors_are_refused_where_the_kernel_can() {
+    let attack = Attack::new();
+    let inherited = &attack.inherited;
+    let mut passes: libc::c_int = 1;
+    let mut length = size_of_val(&passes) as libc::socklen_t;
+    // SAFETY: both are valid for the call; 83 is `SO_PASSRIGHTS`.
+    let known = unsafe {
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&inherited.bell);
+        let value = (&raw mut passes).cast();
+        libc::getsockopt(fd, libc::SOL_SOCKET, 83, value, &raw mut length) == 0
+    };
+    for socket in [&inherited.control, &inherited.bell, &inherited.space_bell] {
+        let sent = send_along(socket, b"!", &attack);
+        assert_eq!(sent, if known { Err(Errno::PERM) } else { Ok(1) });
+    }
+}
+
 #[test]
 fn descriptors_sent_along_are_not_kept() {
     let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
@@ -707,19 +742,10 @@ fn descriptors_sent_along_are_not_kept() {
         .collect();
     let before = open();
     for ping in pings {
-        let fds = [attack.inherited.segment.as_fd(); 100];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(100))];
-        let mut along = SendAncillaryBuffer::new(&mut space);
-        assert!(along.push(SendAncillaryMessage::ScmRights(&fds)));
         let pong = Control::Pong(Progress::default()).to_wire(ping);
-        let parts = [IoSlice::new(&pong)];
-        sendmsg(
-            &attack.inherited.control,
-            &parts,
-            &mut along,
-            SendFlags::DONTWAIT,
-        )
-        .unwrap();
+        if send_along(&attack.inherited.control, &pong, &attack).is_err() {
+            send(&attack.inherited.control, &pong, SendFlags::DONTWAIT).unwrap();
+        }
         assert_eq!(attack.look(), None);
         assert!(matches!(
             attack.host.poll(ping).unwrap(),
@@ -856,7 +882,7 @@ fn the_segment_can_not_be_cut_off() {
     let attack = Attack::new();
     for length in [0, 4096, END as u64 + 1] {
         let cut = rustix::fs::ftruncate(&attack.inherited.segment, length);
-        assert_eq!(cut, Err(rustix::io::Errno::PERM));
+        assert_eq!(cut, Err(Errno::PERM));
     }
     attack.send();
     assert_eq!(attack.look(), None);

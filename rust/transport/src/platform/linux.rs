@@ -1,7 +1,7 @@
 //! Linux: sealed memfd, eventfd, pidfd, ppoll.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -22,6 +22,25 @@ pub(super) const CONTROL_FLAGS: RecvFlags = RecvFlags::all();
 
 pub(super) fn control_fd(fd: OwnedFd) -> ControlFd {
     fd
+}
+
+/// Newer than what the crate libc knows.
+const SO_PASSRIGHTS: libc::c_int = 83;
+
+/// Lets nobody send descriptors to this socket, from Linux 6.16 on. The kernel would close them within
+/// a receive here, which for one of TCP may take as long as its owner has it linger.
+pub(super) fn refuse_descriptors(socket: &OwnedFd) {
+    let no: libc::c_int = 0;
+    // SAFETY: the value is as long as said. An older kernel refuses the option.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const no).cast(),
+            size_of_val(&no) as libc::socklen_t,
+        );
+    }
 }
 
 /// Creates shared memory that has no name and can change neither its size nor its seals.

@@ -130,6 +130,9 @@ pub(super) fn control_fd(fd: OwnedFd) -> ControlFd {
     ControlFd(fd)
 }
 
+/// There is no portable way.
+pub(super) fn refuse_descriptors(_socket: &OwnedFd) {}
+
 impl AsFd for ControlFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
