@@ -316,6 +316,11 @@ def close_streams(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     reply.send("closed", None)
 
 
+def print_(reply: Reply, payload: str, state: WorkerLoopState) -> None:
+    os.write(2, payload.encode() + b"\n")
+    reply.send("printed", None)
+
+
 def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     """Write so many bytes to the log, half through logging, half as native prints."""
     for _ in range(payload // 2000):
@@ -353,4 +358,5 @@ HANDLERS: dict[str, KindHandler] = {
     "note_signals": note_signals,
     "close_streams": close_streams,
     "chatter": chatter,
+    "print": print_,
 }

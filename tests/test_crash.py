@@ -270,6 +270,18 @@ def test_the_log_has_what_python_and_native_code_wrote(tmp_path: Path) -> None:
     assert "Segmentation fault" in caught.value.log_tail
 
 
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_an_error_says_nothing_that_a_terminal_obeys(tmp_path: Path, with_folder: bool) -> None:
+    with Pool(echo=echo_role(), log_dir=tmp_path if with_folder else None) as pool:
+        pool.call("echo", "print", "\x1b]0;title\x07\tnative\rGGML_ASSERT(\x9b2J) failed")
+        with pytest.raises(WorkerCrashed) as caught:
+            pool.call("echo", "be_killed")
+    error = caught.value
+    assert error.native_message == "GGML_ASSERT(\ufffd2J) failed"
+    assert "\ufffd]0;title\ufffd\tnative\nGGML_ASSERT(" in error.log_tail
+    assert not set(str(error)) & set("\x1b\x07\x9b\r")
+
+
 def test_a_log_folder_that_goes_away_costs_only_the_log(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     with Pool(echo=echo_role(), log_dir=logs) as pool:

@@ -30,6 +30,8 @@ __all__ = [
 
 _TAIL_BYTES = 4096
 _TAIL_LINES = 30
+# What a terminal would obey, once the error that quotes it is shown on one.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 # What ggml, libc, the C++ runtime, CPython and Rust say before they end a process.
 _LAST_WORDS = re.compile(
@@ -64,7 +66,7 @@ class RoleLogFile:
         return self._fd
 
     def tail(self) -> str:
-        """The last lines, or what can still be read of them."""
+        """The last lines, or what can still be read of them, without control characters."""
         try:
             if self.path is not None:
                 # The worker may have rotated the file since it was opened here.
@@ -75,7 +77,8 @@ class RoleLogFile:
             end = os.pread(self._fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         except OSError as error:
             return f"(no log: {error})"
-        return "\n".join(end.decode(errors="replace").splitlines()[-_TAIL_LINES:])
+        text = _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", end.decode(errors="replace"))
+        return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
     def append(self, line: str) -> None:
         """Add a line of the host's, in the form of the worker's. A log that is gone stays so."""
