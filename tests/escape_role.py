@@ -133,6 +133,15 @@ def _set_flag(path: str) -> None:
         fcntl.ioctl(file, 0x40086602, struct.pack("q", 0x40 | struct.unpack("q", flags)[0]))
 
 
+def _thaw(path: str) -> None:
+    with open(path, "rb") as file:
+        try:
+            fcntl.ioctl(file, 0xC0045878, 0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+
 def _in_thread(attempt: Callable[[], None]) -> None:
     caught: list[BaseException] = []
 
@@ -185,6 +194,9 @@ def attempts(at: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "change a file's flags": lambda: _call(
             "file_setattr", -100, secret.encode(), bytes(24), 24, 0
         ),
+        # Root's; to thaw what is not frozen fails, but in another way.
+        "freeze a file system": lambda: _thaw(model),
+        "rename the machine": lambda: socket.sethostname(socket.gethostname()),
         "watch a file": lambda: _check(_libc.inotify_init1(0)),
         "connect by TCP": lambda: _connect(inet, stream, ("127.0.0.1", at["tcp"])),
         "send by UDP": lambda: _connect(inet, datagram, ("127.0.0.1", at["udp"])),

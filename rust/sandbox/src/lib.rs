@@ -15,10 +15,17 @@ use std::path::PathBuf;
 
 use rustix::net::{AddressFamily, SocketType, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::set_no_new_privs;
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs,
+};
 
 /// Descriptors that a worker may have open, if it may have so many at all.
 const OPEN_FILES: u64 = 4096;
+
+/// What root keeps of its powers: to read a model that is another user's, and to hold it in memory.
+const KEPT: CapabilitySet = CapabilitySet::DAC_OVERRIDE
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::IPC_LOCK);
 
 /// Paths that a confined process may open, beside those that every program needs. What does not
 /// exist is passed over.
@@ -91,11 +98,23 @@ fn restrict_files(openings: &Openings) -> Result<(), String> {
 }
 
 fn restrict_calls() -> Result<(), String> {
+    // Root could freeze the file system of its model through a descriptor to read, and rename the host.
+    give_up_powers().map_err(|error| error.to_string())?;
     calls::restrict().map_err(|error| error.to_string())?;
     require_denied(
         socket(AddressFamily::UNIX, SocketType::STREAM, None),
         "making a socket",
     )
+}
+
+fn give_up_powers() -> io::Result<()> {
+    let own = capabilities(None)?;
+    let rest = CapabilitySets {
+        effective: own.effective & KEPT,
+        permitted: own.permitted & KEPT,
+        inheritable: CapabilitySet::empty(),
+    };
+    Ok(set_capabilities(None, rest)?)
 }
 
 fn require_denied<T, E: Into<io::Error>>(attempt: Result<T, E>, what: &str) -> Result<(), String> {
