@@ -214,6 +214,42 @@ def test_a_request_is_not_blamed_for_what_others_do() -> None:
         assert list(pool.stream("echo", "count", 1)) == [0]
 
 
+def test_a_request_that_its_worker_let_go_of_is_not_blamed_for_a_later_crash() -> None:
+    policy = Policy(max_crashes=100, backoff=0.0)
+    with Pool(echo=echo_role(), policy=policy) as pool:
+        for _ in range(3):
+            stream = pool.stream("echo", "wait_for_abort")
+            next(stream)
+            del stream
+            assert eventually(lambda: not pool.status()["echo"].workers[0].calls)
+            stream = pool.stream("echo", "wait_for_abort")
+            next(stream)
+            pid = pool.status()["echo"].pid
+            assert pid is not None
+            stream.close()
+            time.sleep(0.2)  # for the worker to let go; nobody here looks whether it has
+            os.kill(pid, signal.SIGSEGV)
+            assert eventually(lambda: pool.status()["echo"].state == "dead")
+            assert str(pool.status()["echo"].last_exit).endswith("ended: SIGSEGV")
+
+
+def test_a_request_that_its_worker_kept_is_blamed() -> None:
+    policy = Policy(max_crashes=100, backoff=0.0)
+    with Pool(echo=echo_role(), policy=policy) as pool:
+        for _ in range(2):
+            pool.start()
+            given_up = pool.stream("echo", "sleep", 60)
+            assert eventually(lambda: pool.status()["echo"].queue == 0)
+            given_up.close()
+            pid = pool.status()["echo"].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSEGV)
+            assert eventually(lambda: pool.status()["echo"].state == "dead")
+            assert "in flight: sleep (" in str(pool.status()["echo"].last_exit)
+        with pytest.raises(PoisonousRequest):
+            pool.stream("echo", "sleep", 60)
+
+
 def test_a_model_that_crashes_twice_at_load_is_quarantined() -> None:
     with Pool(bad=echo_role(exit=9), policy=Policy(max_crashes=9, backoff=0.0)) as pool:
         for _ in range(2):
@@ -422,6 +458,10 @@ def test_a_crash_error_says_what_was_in_flight_and_what_native_code_said(tmp_pat
 def test_a_clean_end_is_in_the_log_too(tmp_path: Path) -> None:
     with Pool(echo=echo_role(), log_dir=tmp_path) as pool:
         pool.start()
+        stream = pool.stream("echo", "wait_for_abort")
+        next(stream)
+        stream.close()
+        time.sleep(0.2)  # for the worker to let go of it
     last = (tmp_path / "worker-echo.log").read_text().splitlines()[-1]
     assert last.endswith("(incarnation 1) ended: exit code 0; closed")
 

@@ -240,7 +240,7 @@ class Incarnation:
                 self._set_ladder()
 
     def _set_ladder(self) -> None:
-        if self._ladder is None and self._exit is None:
+        if self._ladder is None and not self.ended:
             self._ladder = call_later(self.spec.policy.cancel_grace, self._climb)
 
     def _climb(self) -> None:
@@ -252,8 +252,8 @@ class Incarnation:
         self.check()
 
     def is_held(self) -> bool:
-        """Whether the worker goes on with a call that was given up."""
-        if self.lingering:
+        """Whether the worker goes on with a call that was given up, or did so until it ended."""
+        if self.lingering and not self.ended:  # from then on every call is over
             over = [each for each in list(self.lingering) if each.call and each.call.is_over()]
             self.lingering.difference_update(over)
         return bool(self.lingering)
@@ -353,6 +353,7 @@ class Incarnation:
     def ask_to_end(self) -> None:
         """Tell the worker to end, and fail the calls in flight with `PoolClosed`. Never waits."""
         self.asked_to_end = True
+        self.is_held()  # for the epitaph
         self.channel.close()
 
     def end(self, timeout: float = 0.0) -> None:
@@ -389,6 +390,7 @@ class Incarnation:
             self._ladder = None  # its thread alone must not keep the channel
 
     def _note_suspects(self) -> None:
+        self.is_held()  # which forgets the calls that the worker had let go of
         flights = self.flights | self.lingering
         self._in_flight = tuple(sorted(flight.describe() for flight in flights))
         taken = [flight for flight in flights if flight.taken()]
@@ -414,6 +416,7 @@ class Incarnation:
 
     def status(self) -> WorkerStatus:
         """See `WorkerStatus`."""
+        self.is_held()  # as above
         flights = sorted(self.flights | self.lingering, key=lambda flight: flight.began)
         ready = self.is_ready()
         if not self.alive:
