@@ -214,6 +214,22 @@ def test_a_stream_can_be_ended_while_it_opens(what: str, how: str) -> None:
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_stream_can_be_ended_while_another_task_waits_for_it(how: str) -> None:
+    async def body(pool: AsyncPool) -> None:
+        stream = pool.stream("echo", "wait_for_abort")
+        await anext(stream)
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)
+        getattr(stream, how)()
+        with pytest.raises(CallCancelled if how == "cancel" else StopAsyncIteration):
+            await asyncio.wait_for(waiting, 10)
+        assert [item async for item in stream] == []
+        assert await pool.call("echo", "echo", 1) == 1
+
+    run(body)
+
+
 def test_a_task_that_opens_a_stream_and_is_cancelled_too_stays_cancelled() -> None:
     async def body(pool: AsyncPool) -> None:
         stream = pool.stream("echo", "count", 3)

@@ -156,8 +156,11 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
                 if items is None:
                     raise StopAsyncIteration
                 first, *others = self._convert(items)
-            except BaseException:
+            except BaseException as error:
+                ended = self._ended and isinstance(error, Exception)
                 self.close()
+                if ended:  # by another task, while this one waited
+                    raise StopAsyncIteration from None
                 raise
             self._ready.extend(others)
         return first
