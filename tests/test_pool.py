@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import os
 import pickle
 import resource
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -487,10 +489,17 @@ def test_a_pool_refuses_bad_options(options: dict[str, object]) -> None:
 def test_an_unknown_role_and_a_malformed_path_are_refused(pool: Pool) -> None:
     with pytest.raises(ValueError, match="no role 'nope'"):
         pool.call("nope", "echo")
-    with pytest.raises(ValueError, match="no role 'chat'"):
+    with pytest.raises(AttributeError, match="no role 'chat'"):
         pool.chat("hello")
     with pytest.raises(ValueError, match=r"package\.module:attribute"):
         Role("echo_role", "echo_role:HANDLERS")
+
+
+def test_a_role_that_a_pool_lacks_is_an_attribute_that_it_lacks(pool: Pool) -> None:
+    for each in (pool, pool.as_async()):
+        assert not hasattr(each, "chat")
+        assert callable(mock.Mock(spec=each).status)
+        assert "status" in dict(inspect.getmembers(each))
 
 
 @pytest.mark.parametrize(

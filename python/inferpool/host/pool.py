@@ -61,6 +61,13 @@ class _Core:
             known = ", ".join(self.supervisors)
             raise ValueError(f"this pool has no role {role!r}; it has {known}") from None
 
+    def attribute(self, role: str) -> Supervisor:
+        """The same for an attribute, which `hasattr` and `unittest.mock` must find missing."""
+        try:
+            return self.supervisor(role)
+        except ValueError as error:
+            raise AttributeError(str(error)) from None
+
     def named(self, role: str | None) -> list[Supervisor]:
         return list(self.supervisors.values()) if role is None else [self.supervisor(role)]
 
@@ -207,22 +214,22 @@ class Pool(_Base):
     @property
     def chat(self) -> Chat:
         """The ``chat`` role."""
-        return Chat(self._core.supervisor("chat"), self._driver)
+        return Chat(self._core.attribute("chat"), self._driver)
 
     @property
     def embed(self) -> Embed:
         """The ``embed`` role."""
-        return Embed(self._core.supervisor("embed"), self._driver)
+        return Embed(self._core.attribute("embed"), self._driver)
 
     @property
     def rerank(self) -> Rerank:
         """The ``rerank`` role."""
-        return Rerank(self._core.supervisor("rerank"), self._driver)
+        return Rerank(self._core.attribute("rerank"), self._driver)
 
     @property
     def vision(self) -> Vision:
         """The ``vision`` role."""
-        return Vision(self._core.supervisor("vision"), self._driver)
+        return Vision(self._core.attribute("vision"), self._driver)
 
     def call(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
@@ -366,22 +373,22 @@ class AsyncPool(_Base):
     @property
     def chat(self) -> AsyncChat:
         """The ``chat`` role."""
-        return AsyncChat(self._core.supervisor("chat"), self._driver)
+        return AsyncChat(self._core.attribute("chat"), self._driver)
 
     @property
     def embed(self) -> AsyncEmbed:
         """The ``embed`` role."""
-        return AsyncEmbed(self._core.supervisor("embed"), self._driver)
+        return AsyncEmbed(self._core.attribute("embed"), self._driver)
 
     @property
     def rerank(self) -> AsyncRerank:
         """The ``rerank`` role."""
-        return AsyncRerank(self._core.supervisor("rerank"), self._driver)
+        return AsyncRerank(self._core.attribute("rerank"), self._driver)
 
     @property
     def vision(self) -> AsyncVision:
         """The ``vision`` role."""
-        return AsyncVision(self._core.supervisor("vision"), self._driver)
+        return AsyncVision(self._core.attribute("vision"), self._driver)
 
     async def call(
         self, role: str, kind: str, payload: Any = None, *, timeout: float | None = None
