@@ -16,6 +16,7 @@ import pytest
 from conftest import children, echo_role, eventually, is_running
 
 from inferpool import CallCancelled, Policy, Pool, PoolClosed, WorkerCrashed, errors
+from inferpool.models import resolve
 from inferpool.testing import signal_worker
 
 TESTS = str(Path(__file__).parent)
@@ -103,6 +104,38 @@ def test_a_folder_that_may_not_be_looked_at_is_passed_over(
     # As in an import; too long a name stands for what only other users are denied.
     monkeypatch.setattr(sys, "path", ["/" + "x" * 300, *sys.path])
     assert pool.call("echo", "echo", 1) == 1
+
+
+def test_relative_paths_stay_what_they_were_when_the_host_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model.gguf").symlink_to(resolve("smollm2"))
+    monkeypatch.chdir(tmp_path)
+    with Pool(chat="model.gguf", log_dir="logs", policy=Policy(backoff=0.0)) as pool:
+        monkeypatch.chdir("elsewhere")
+        for incarnation in (1, 2):
+            pool.chat("hello", max_tokens=1)
+            pid = pool.status()["chat"].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            assert eventually(lambda: pool.status()["chat"].state == "dead")
+            assert pool.status()["chat"].incarnation == incarnation
+        (tmp_path / "elsewhere" / "other.gguf").symlink_to(resolve("smollm2"))
+        pool.chat("hello", max_tokens=1, model="other.gguf")
+    assert "(incarnation 3)" in (tmp_path / "logs" / "worker-chat.log").read_text()
+    assert os.listdir() == ["other.gguf"]
+
+
+def test_a_host_may_be_in_a_folder_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "removed").mkdir()
+    monkeypatch.chdir(tmp_path / "removed")
+    with Pool(echo=echo_role()) as early:
+        os.rmdir(tmp_path / "removed")
+        with Pool(echo=echo_role()) as late:
+            assert (early.call("echo", "echo", 1), late.call("echo", "echo", 2)) == (1, 2)
 
 
 def test_programs_that_a_handler_starts_inherit_no_channel(pool: Pool) -> None:

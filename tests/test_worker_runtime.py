@@ -305,7 +305,7 @@ def test_a_worker_told_to_end_before_it_was_told_what_to_be() -> None:
         wait="park",
         sandbox=Sandbox(level="basic"),
     )
-    process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log, {})
+    process = WorkerProcess(msgspec.json.encode(arguments).decode(), fds, log, {}, None)
     channel.watch(process.pid)
     channel.close()
     assert process.reap(30) == "exit code 0"

@@ -151,7 +151,8 @@ class Incarnation:
             sandbox=self.spec.sandbox(self._log.path),
         )
         environment = self.spec.role.environment_of(self.replica)
-        return WorkerProcess(msgspec.json.encode(arguments).decode(), fds, self._log, environment)
+        argument = msgspec.json.encode(arguments).decode()
+        return WorkerProcess(argument, fds, self._log, environment, self.spec.folder)
 
     @property
     def pid(self) -> int:

@@ -153,7 +153,7 @@ class _Base:
             TypeError: an unknown option, or a role that is given as something else.
         """
         options = PoolOptions(
-            log_dir=None if log_dir is None else Path(log_dir),
+            log_dir=None if log_dir is None else Path(log_dir).absolute(),
             log_level=log_level,
             policy=Policy() if policy is None else policy,
             memory_budget=memory_budget,

@@ -57,7 +57,7 @@ class RoleLogFile:
                 raise
         else:
             log_dir.mkdir(parents=True, exist_ok=True)
-            self.path = (log_dir / f"worker-{role}.log").absolute()
+            self.path = log_dir / f"worker-{role}.log"
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o600)
 
@@ -128,7 +128,12 @@ class WorkerProcess:
     """A child process that runs ``python -m inferpool.worker``."""
 
     def __init__(
-        self, argument: str, fds: Sequence[int], log: RoleLogFile, environment: Mapping[str, str]
+        self,
+        argument: str,
+        fds: Sequence[int],
+        log: RoleLogFile,
+        environment: Mapping[str, str],
+        folder: Path | None,
     ) -> None:
         """Start the process.
 
@@ -137,6 +142,7 @@ class WorkerProcess:
             fds: descriptors that it inherits under the same numbers.
             log: takes its output.
             environment: variables beside, or in place of, the host's.
+            folder: its working folder; the host's if there is no such folder.
 
         Raises:
             OSError: the system could not start it.
@@ -158,6 +164,7 @@ class WorkerProcess:
             pass_fds=fds,
             process_group=0,
             env=worker_environment(environment),
+            cwd=folder if folder is not None and os.access(folder, os.X_OK) else None,
         )
         self._exit: str | None = None
 

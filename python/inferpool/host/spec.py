@@ -46,6 +46,8 @@ class RoleSpec:
     name: str
     role: Role
     options: PoolOptions
+    folder: Path | None
+    """Where its workers start, so that relative paths stay what they were when it was given."""
 
     @classmethod
     def of(cls, name: str, given: RoleLike, options: PoolOptions) -> RoleSpec:
@@ -55,7 +57,7 @@ class RoleSpec:
             TypeError: it is nothing that a role of this name can be given as.
             ValueError: the name is not an identifier.
         """
-        return cls(name, _as_role(name, given), options)
+        return cls(name, _as_role(name, given), options, _working_folder())
 
     @property
     def policy(self) -> Policy:
@@ -80,7 +82,7 @@ class RoleSpec:
         readable = [model if each == self.model else each for each in self.role.readable]
         options = {**self.role.options, "model": model}
         role = dataclasses.replace(self.role, options=options, readable=readable)
-        return dataclasses.replace(self, role=role)
+        return dataclasses.replace(self, role=role, folder=_working_folder())
 
     def sandbox(self, log: Path | None) -> Sandbox:
         """What a worker shall give up, but for its log."""
@@ -108,6 +110,13 @@ class RoleSpec:
             log_level=self.options.log_level,
             sys_path=[str(entry) for entry in sys.path],
         )
+
+
+def _working_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:  # it was removed
+        return None
 
 
 def _as_role(name: str, given: RoleLike) -> Role:
