@@ -301,6 +301,19 @@ def test_a_worker_without_progress_is_stuck(how: str, asynchronous: bool) -> Non
         assert pool.call("echo", "echo", 1) == 1
 
 
+def test_a_worker_that_is_slow_to_go_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reap = WorkerProcess.reap
+    # As when the kernel takes longer than that, with a driver that hangs or much memory to free.
+    monkeypatch.setattr(WorkerProcess, "reap", lambda process, timeout: reap(process, 10) and None)
+    with Pool(echo=echo_role(), policy=Policy(stuck_after=0.3, backoff=0.0)) as pool:
+        pool.start()
+        with pytest.raises(WorkerStuck) as caught:
+            pool.call("echo", "sleep", 60.0)
+        assert caught.value.exit == "unknown, since it was not gone 5 s after SIGKILL"
+        assert "ready in" in caught.value.log_tail
+        assert pool.call("echo", "echo", 1) == 1
+
+
 def test_a_worker_that_looks_at_its_token_is_busy() -> None:
     with Pool(echo=echo_role(), policy=Policy(stuck_after=0.4)) as pool:
         assert pool.call("echo", "poll_for", 1.5) == 1.5

@@ -378,7 +378,10 @@ class Incarnation:
         self._note_suspects()
         # Whoever waits for a call sees the death, once what was committed is read.
         self._process.kill()
-        self._exit = self._process.reap(_REAP_SECONDS)
+        # Said in any case: what the kernel does not let go of must not be ended twice, since by
+        # then the log's descriptor may be another file's.
+        gone = self._process.reap(_REAP_SECONDS)
+        self._exit = gone or f"unknown, since it was not gone {_REAP_SECONDS:g} s after SIGKILL"
         self._tail = self._log.tail()
         self._native = native_message(self._tail)
         unexplained = self._exit == "SIGKILL" and self._cause is None
