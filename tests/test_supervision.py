@@ -36,6 +36,7 @@ from inferpool import (
     WorkerStuck,
 )
 from inferpool._transport import HostChannel
+from inferpool.host.incarnation import Incarnation
 from inferpool.host.process import WorkerProcess, call_later
 from inferpool.host.restart import CrashRecord
 from inferpool.host.watch import Watch
@@ -766,6 +767,23 @@ def test_a_signal_may_close_the_pool_while_it_buries_a_worker(
         signal.signal(signal.SIGUSR1, before)
     with pytest.raises(PoolClosed):
         pool.call("echo", "echo")
+
+
+def test_a_signal_may_close_the_pool_while_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Incarnation.ask_to_end
+
+    def ask_amid_a_signal(incarnation: Incarnation) -> None:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        ask(incarnation)
+
+    pool = Pool(echo=replace(echo_role(), replicas=2)).start()
+    before = signal.signal(signal.SIGUSR1, lambda *_: pool.close())
+    try:
+        monkeypatch.setattr(Incarnation, "ask_to_end", ask_amid_a_signal)
+        pool.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_full_queue_refuses_at_once() -> None:

@@ -267,7 +267,7 @@ class Supervisor:
         with self._lock:
             self.refuse()
             self._stop_idle_timer()
-            for each in self._members:
+            for each in list(self._members):  # a signal's handler may close the pool too
                 each.ask_to_end()
 
     def refuse(self) -> None:
