@@ -19,7 +19,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from conftest import echo_role, eventually, is_running
+from conftest import children, echo_role, eventually, is_running
 
 from inferpool import (
     AsyncPool,
@@ -767,6 +767,39 @@ def test_a_signal_may_close_the_pool_while_it_buries_a_worker(
         signal.signal(signal.SIGUSR1, before)
     with pytest.raises(PoolClosed):
         pool.call("echo", "echo")
+
+
+@pytest.mark.parametrize("how", ["close", "call", "configure"])
+def test_a_signal_may_use_the_pool_while_it_starts_a_worker(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    acts = {
+        "close": pool.close,
+        "call": lambda: pool.call("echo", "echo"),
+        "configure": lambda: pool.configure("echo", echo_role(new=True)),
+    }
+    spawn = WorkerProcess.__init__
+
+    def spawn_amid_a_signal(*arguments: Any) -> None:
+        monkeypatch.undo()
+        spawn(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: acts[how]())
+    try:
+        monkeypatch.setattr(WorkerProcess, "__init__", spawn_amid_a_signal)
+        if how == "close":
+            with pytest.raises(PoolClosed):
+                pool.call("echo", "echo")
+            assert children() == set()
+        else:
+            assert pool.call("echo", "facts")["options"] == (
+                {"new": True} if how == "configure" else {}
+            )
+            assert len(children()) == 1
+            assert pool.status()["echo"].restarts == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_signal_may_close_the_pool_while_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ class Supervisor:
                 return best
             best = self._least_busy()
             if self._crashes.degraded is None and (best is None or not self._crashes.pause()):
-                return self._fill(self._places.index(None))
+                return self._fill(self._places.index(None), model)
             if best is not None:
                 return best
             raise RoleDegraded(
@@ -155,12 +155,18 @@ class Supervisor:
                 incarnation=self._count,
             )
 
-    def _fill(self, place: int) -> Incarnation:
+    def _fill(self, place: int, model: str | None) -> Incarnation:
         self._count += 1
         self.owner = os.getpid()
+        places = self._places
         started = Incarnation(self.spec, self._count, place, self._release)
-        self._places[place] = started
         self._members.add(started)
+        if self._closed or places is not self._places or places[place] is not None:
+            # A signal's handler has closed the pool meanwhile, or used it.
+            started.ask_to_end()
+            self._end(started)
+            return self.start(model)
+        places[place] = started
         policy = self.spec.policy
         limits = (policy.max_queue, policy.call_timeout)
         if len(self._places) == 1 and limits == (None, None) and not self._crashes.suspects:
