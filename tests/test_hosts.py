@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -404,6 +405,19 @@ def test_a_signal_that_another_thread_gets_ends_a_wait_too(pool: Pool, blocking:
 
     interrupted_from_another_thread(waits[blocking])
     pool.close(timeout=0.1)
+    assert not is_running(pid)
+
+
+def test_a_worker_that_a_close_did_not_wait_for_ends_with_its_pool() -> None:
+    def close_in_vain() -> int:
+        pool = Pool(echo=echo_role(), close_timeout=0.1).start()
+        pid = signal_worker(pool, "echo", "SIGSTOP")
+        interrupted_from_another_thread(lambda: pool.close(timeout=20))
+        assert is_running(pid)
+        return pid
+
+    pid = close_in_vain()
+    gc.collect()
     assert not is_running(pid)
 
 

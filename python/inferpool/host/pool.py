@@ -90,8 +90,8 @@ class _Core:
         if drain:
             _drain(self.supervisors, Deadline(timeout))
             timeout = None
-        self._finalizer.detach()
         _close(self.supervisors, self._options.close_timeout if timeout is None else timeout)
+        self._finalizer.detach()  # not before: Ctrl-C may have ended the wait for a worker
 
 
 def _own(supervisors: Mapping[str, Supervisor]) -> list[Supervisor]:
