@@ -36,6 +36,7 @@ from inferpool import (
     WorkerStuck,
 )
 from inferpool._transport import HostChannel
+from inferpool.host.calls import OpenCall
 from inferpool.host.incarnation import Incarnation
 from inferpool.host.process import WorkerProcess, call_later
 from inferpool.host.restart import CrashRecord
@@ -183,6 +184,39 @@ def test_a_look_that_a_signal_s_handler_ends_is_not_the_last(
         other.start()
         other.join(10)
         assert len(looks) == 1
+
+
+@pytest.mark.parametrize("kind", ["call", "stream"])
+def test_a_call_that_a_signal_s_handler_ends_as_it_begins_is_not_in_flight(
+    pool: Pool, kind: str
+) -> None:
+    pool.call("echo", "echo")
+    (incarnation,) = pool._core.supervisor("echo")._members
+    steps = (Incarnation.begin, Incarnation.begun, OpenCall.__init__)
+    codes = {step.__code__ for step in steps}
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal place
+        if frame.f_code not in codes:
+            return None
+        place -= event in {"line", "return"}
+        if place == 0:
+            raise KeyboardInterrupt
+        return interrupt
+
+    for each in itertools.count(1):
+        place = each
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            if kind == "call":
+                pool.call("echo", "sleep", 0.001)
+            else:
+                pool.stream("echo", "nothing").close()
+        sys.settrace(before)
+        assert not incarnation.flights, each
+        if place > 0:
+            break
 
 
 def test_a_request_that_crashed_two_workers_is_refused() -> None:

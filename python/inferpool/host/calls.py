@@ -159,6 +159,8 @@ class OpenCall:
         self.incarnation.finish(self.flight)
 
     def __del__(self) -> None:
+        if not hasattr(self, "call"):
+            return  # a signal's handler has raised amid `__init__`
         with contextlib.suppress(PoolClosed):  # in a forked child, whose call it is not
             self.call.abandon()
             self.incarnation.finish(self.flight, dropped=True)
@@ -225,15 +227,15 @@ def _begin(
             incarnation = yield from _started(supervisor, deadline, model)
         if incarnation.lingering:
             yield from _let_go(supervisor, incarnation, deadline)
-        flight = incarnation.begin(kind, parts)
-        if flight is None:  # it was retired meanwhile, as when another call names another model
-            continue
+        flight = Flight(kind, parts)
         try:
+            if not incarnation.begin(flight):
+                continue  # it was retired meanwhile, as when another call names another model
             native = incarnation.channel.open(parts, driver.notifier(incarnation))
+            return OpenCall(supervisor, incarnation, flight, native)
         except BaseException:
             incarnation.finish(flight)
             raise
-        return OpenCall(supervisor, incarnation, flight, native)
 
 
 def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
@@ -361,7 +363,9 @@ def try_call(
             return (codec.decode(answer)[1],)
         if answer is None:
             return None
-        return OpenCall(supervisor, incarnation, incarnation.begun(kind, parts), answer)
+        opened = OpenCall(supervisor, incarnation, Flight(kind, parts), answer)
+        incarnation.begun(opened.flight)
+        return opened
     except ProtocolError as error:
         raise supervisor.explain(incarnation, error) from error
     finally:

@@ -193,22 +193,23 @@ class Incarnation:
             self.give_up(flight)
         return len(ids)
 
-    def begin(self, kind: str, parts: codec.Parts) -> Flight | None:
-        """Note a call that is about to be sent; None if this worker takes no more."""
-        flight = self.begun(kind, parts)
+    def begin(self, flight: Flight) -> bool:
+        """Note a call that is about to be sent; false if this worker takes no more.
+
+        Whoever begins a call finishes it, whatever a signal's handler raises meanwhile.
+        """
+        self.begun(flight)
         # In this order: `retire` looks at the flights after it has said so.
         if self.retired:
             self.finish(flight)
-            return None
-        return flight
+            return False
+        return True
 
-    def begun(self, kind: str, parts: codec.Parts) -> Flight:
+    def begun(self, flight: Flight) -> None:
         """Note a call that has been sent."""
-        flight = Flight(kind, parts)
         if not self.flights:
             self.watch.begin()
         self.flights.add(flight)
-        return flight
 
     def finish(self, flight: Flight, *, dropped: bool = False) -> None:
         """Note that the call has ended here. Does so once.
