@@ -136,6 +136,13 @@ def test_other_types_are_refused_by_name(payload: Any) -> None:
         codec.encode("", payload)
 
 
+@pytest.mark.parametrize("payload", [[1], {"a": 1}, np.zeros(2), b"x" * 2000], ids=type)
+def test_a_kind_that_is_no_text_is_refused(payload: Any) -> None:
+    for kind in (None, 5, b"echo"):
+        with pytest.raises(TypeError, match="kind"):
+            codec.encode(kind, payload)  # type: ignore[arg-type]
+
+
 def test_values_that_cannot_be_encoded_are_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)

@@ -56,12 +56,14 @@ def encode(kind: str, payload: Any) -> Parts:
     """Encode a payload of the given kind into the parts of a frame.
 
     Raises:
-        TypeError: the payload holds something that is not in the list above.
+        TypeError: the payload holds something that is not in the list above, or the kind is no str.
         ValueError: an int above 64 bits, a lone surrogate in a str, or nesting too deep.
     """
     cls = type(payload)
     if (len(payload) < _INLINE_BYTES) if cls is bytes else (cls in _PLAIN):
         return kind, payload
+    if not isinstance(kind, str):
+        raise TypeError(f"the kind of a payload must be a str, not {type(kind).__name__}")
     if _is_array(cls):
         return [_array_message(kind, payload.dtype, payload.shape), _flat(payload)]
     try:
