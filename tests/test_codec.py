@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from inferpool import Pool, ProtocolError, codec
+from inferpool import ContextLengthExceeded, Pool, ProtocolError, codec
 from inferpool._transport import Call, HostChannel, LoopNotifier
+from inferpool.messages import ErrorInfo
 
 ARRAYS = npst.arrays(
     dtype=st.one_of(
@@ -278,3 +279,13 @@ def test_a_message_of_another_type_is_a_protocol_error() -> None:
     assert codec.decode_as(codec.encode("", {"number": 1}), Expected) == Expected(1)
     with pytest.raises(ProtocolError, match="Expected"):
         codec.decode_as(codec.encode("", {"number": "one"}), Expected)
+
+
+def test_details_of_an_error_may_have_any_name() -> None:
+    details = {"message": 1, "self": 2}
+    info = ErrorInfo(
+        type_name="ContextLengthExceeded", message="too long", traceback="", details=details
+    )
+    error = info.exception()
+    assert isinstance(error, ContextLengthExceeded)
+    assert (str(error), error.details) == ("too long", details)

@@ -184,7 +184,9 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """
         cls = getattr(errors, self.type_name, None) if self.type_name in errors.__all__ else None
         if cls is errors.ContextLengthExceeded:
-            return errors.ContextLengthExceeded(self.message, **self.details)
+            exceeded = errors.ContextLengthExceeded(self.message)
+            exceeded.details = self.details  # whose names may be any
+            return exceeded
         travels = cls is not None and issubclass(cls, (errors.ModelError, errors.CallError))
         if cls is None or not travels or cls is errors.RemoteError:
             return errors.RemoteError(self.type_name, self.message, self.traceback)
