@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Sequence
@@ -260,6 +261,15 @@ def test_an_error_that_fails_to_describe_itself_ends_its_call_and_no_more(
     requests = [FakeRequest(codec.encode("fail", None)) for _ in range(2)]
     run(FakeChannel(requests), fail=fail)
     assert [request.outcome for request in requests] == [[type(error).__name__]] * 2
+
+
+def test_an_error_that_only_has_the_name_of_one_of_ours_is_not_taken_for_it() -> None:
+    def fail(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        raise asyncio.QueueFull
+
+    request = FakeRequest(codec.encode("fail", None))
+    run(FakeChannel([request]), fail=fail)
+    assert request.outcome == ["asyncio.queues.QueueFull"]
 
 
 def test_a_step_that_raises_fails_what_was_deferred_and_the_loop_goes_on() -> None:

@@ -183,7 +183,8 @@ class RemoteError(CallError):
     """The handler raised.
 
     Attributes:
-        type_name: class name of the exception in the worker.
+        type_name: class name of the exception in the worker, after its module's if this package
+            has an error of that name.
         message: its text.
         remote_traceback: the traceback as the worker formatted it.
     """

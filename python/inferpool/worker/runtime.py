@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from inferpool import codec
+from inferpool import codec, errors
 from inferpool._transport import AbortToken, Request, WorkerChannel
 from inferpool.codec import encode
 from inferpool.errors import CallCancelled, PayloadTooLarge, PoolClosed
@@ -307,7 +307,10 @@ def report_failure(request: Request, error: BaseException) -> None:
 
 
 def _describe(error: BaseException) -> ErrorInfo:
-    name = type(error).__name__
+    cls = type(error)
+    name = cls.__name__
+    if name in errors.__all__ and cls is not getattr(errors, name):
+        name = f"{cls.__module__}.{name}"  # such as asyncio.QueueFull, which is not ours
     try:
         details = getattr(error, "details", {})
         return ErrorInfo(
