@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import echo_role, is_running
@@ -15,6 +16,7 @@ from inferpool import (
     CallTimeout,
     Pool,
     RemoteError,
+    Role,
     WorkerCrashed,
     WorkerStartError,
 )
@@ -25,6 +27,7 @@ from inferpool.testing import (
     scripted_embed,
     signal_worker,
 )
+from inferpool.worker import Reply, RoleConfig, WorkerLoopState
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
 CHAT = {"messages": [{"role": "user", "content": "two words"}]}
@@ -163,3 +166,30 @@ def test_abort_tokens_in_this_process_have_a_union() -> None:
     with InProcessChannel(echo_role()) as channel:
         assert channel.stream("count_united", limit=3) == [0, 1, 2]
         assert channel.session.options["stopped_at"] == 3
+
+
+class LazySession:
+    """Fails with all that was left to it."""
+
+    def step(self) -> None:
+        raise RuntimeError("a step fails")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def make_lazy_session(role_config: RoleConfig, abort: Any) -> LazySession:
+    return LazySession()
+
+
+def handle_later(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    reply.defer()
+
+
+LAZY_HANDLERS = {"later": handle_later}
+
+
+def test_a_step_that_fails_in_this_process_fails_its_call() -> None:
+    role = Role(f"{__name__}:make_lazy_session", f"{__name__}:LAZY_HANDLERS")
+    with InProcessChannel(role) as channel, pytest.raises(RemoteError, match="a step fails"):
+        channel.call("later")

@@ -81,7 +81,7 @@ class InProcessChannel:
         request = _Request(self._calls, _parts(kind, payload), limit)
         runtime._serve(cast(Request, request), self._handlers, self._state)
         while self._state.deferred and not request.ended:
-            cast(Any, self.session).step()
+            runtime._step(self.session.step, self._state)
         if request.error is not None:
             raise request.error.exception()
         return request.items
