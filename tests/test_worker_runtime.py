@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,19 @@ def test_an_error_that_fails_to_describe_itself_ends_its_call_and_no_more(
     requests = [FakeRequest(codec.encode("fail", None)) for _ in range(2)]
     run(FakeChannel(requests), fail=fail)
     assert [request.outcome for request in requests] == [[type(error).__name__]] * 2
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_a_handler_that_would_never_run_is_refused() -> None:
+    async def wait(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        reply.send("item", 1)
+
+    def generate(reply: Reply, payload: Any, state: WorkerLoopState) -> Iterator[int]:
+        yield 1
+
+    requests = [FakeRequest(codec.encode(kind, None)) for kind in ("wait", "generate")]
+    run(FakeChannel(requests), wait=wait, generate=generate)
+    assert [request.outcome for request in requests] == [["TypeError"], ["TypeError"]]
 
 
 def test_an_error_that_only_has_the_name_of_one_of_ours_is_not_taken_for_it() -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Protocol
 
 import msgspec
@@ -44,6 +45,9 @@ RoleConfig = Start
 
 LOG_CHECK_SECONDS = 0.001
 """Least time between two looks at the log's size, which take a tenth of a short request each."""
+
+_NEVER_RUN = (CoroutineType, GeneratorType, AsyncGeneratorType)
+"""What is called for nothing unless somebody runs it then."""
 
 UNCONFINED = SandboxReport(level="basic")
 
@@ -266,7 +270,9 @@ def _serve(
             handler = kind_handlers.get(kind)
             if handler is None:
                 raise ValueError(f"unknown kind {kind!r}; known: {sorted(kind_handlers)}")
-            handler(reply, payload, state)
+            started: object = handler(reply, payload, state)
+            if started is not None and isinstance(started, _NEVER_RUN):
+                raise TypeError(f"the handler of {kind!r} must be a plain function")
         if not reply.deferred:
             # Not by `Reply.end`, which takes longer: somebody waits for this.
             request.end()
