@@ -863,6 +863,48 @@ def test_a_full_queue_refuses_at_once() -> None:
         assert pool.call("echo", "echo", 1) == 1
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("why", ["held", "pause", "slots"])
+def test_cancelling_all_calls_ends_those_that_no_worker_has_yet(
+    why: str, asynchronous: bool
+) -> None:
+    policy = Policy(cancel_grace=60, backoff=60)
+    cancelled: list[object] = []
+
+    def wait() -> None:
+        try:
+            if asynchronous:
+                asyncio.run(pool.as_async().call("echo", "echo"))
+            else:
+                pool.call("echo", "echo")
+        except CallCancelled as error:
+            cancelled.append(error)
+
+    with Pool(echo=echo_role(), policy=policy, close_timeout=0.1) as pool:
+        pool.start()
+        busy = []
+        if why == "pause":
+            for code in (1, 2):
+                crash(pool, code)
+        else:
+            busy = [pool.stream("echo", "sleep", 60)]
+            assert eventually(lambda: pool.status()["echo"].queue == 0)
+        if why == "held":
+            busy.pop().close()
+        elif why == "slots":
+            busy += [pool.stream("echo", "echo") for _ in range(255)]
+        threads = [threading.Thread(target=wait) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert eventually(lambda: pool.status()["echo"].in_flight == len(busy) + 2)
+        assert pool.status()["echo"].queue == (257 if why == "slots" else 2)
+        assert pool.cancel("echo") == len(busy) + 2
+        for thread in threads:
+            thread.join(10)
+        assert len(cancelled) == 2
+        assert pool.status()["echo"].in_flight == 0
+
+
 @pytest.mark.parametrize("why", ["held", "pause"])
 def test_requests_that_wait_for_their_worker_are_in_the_queue_too(why: str) -> None:
     policy = Policy(max_queue=1, cancel_grace=60, backoff=60)

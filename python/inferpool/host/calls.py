@@ -240,21 +240,28 @@ def _begin(
 
 def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
     """Wait until all of a request is out."""
+    supervisor, incarnation = opened.supervisor, opened.incarnation
+    cancels = supervisor.cancels
+    until = time.monotonic() + QUEUE_SECONDS
     while True:
         # While it loads it reads none, for as long as `Policy.start_timeout` says.
-        reads = opened.incarnation.is_ready()
-        patience = deadline.left(QUEUE_SECONDS)
+        reads = incarnation.is_ready()
+        if not reads:
+            until = time.monotonic() + QUEUE_SECONDS
+        patience = deadline.left(SLICE_SECONDS)
         try:
-            yield opened.incarnation, opened.call, "sent", patience
+            yield incarnation, opened.call, "sent", patience
         except CallTimeout:
             # The deadline itself need not have come: the clock of a loop may have no microseconds.
-            if patience != QUEUE_SECONDS:
+            if patience != SLICE_SECONDS:
                 raise deadline.error() from None
-            if reads:
+            if reads and time.monotonic() >= until:
                 raise QueueFull(
-                    f"role {opened.supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
+                    f"role {supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
                 ) from None
-        else:
+        # As long as it had no slot, nobody could cancel it there.
+        supervisor.check_cancelled(cancels)
+        if opened.call.sent:
             return
 
 
@@ -270,11 +277,13 @@ def _started(
 
 def _paused(supervisor: Supervisor, seconds: float, deadline: Deadline) -> Steps[None]:
     """Let time pass with a request that no worker may have yet; it counts for ``max_queue``."""
+    cancels = supervisor.cancels
     supervisor.waiting.append(None)
     try:
         yield deadline.left(seconds) or 0.0
     finally:
         supervisor.waiting.pop()
+    supervisor.check_cancelled(cancels)
     deadline.check()
 
 

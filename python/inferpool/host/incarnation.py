@@ -180,18 +180,28 @@ class Incarnation:
             self._poll_start()
             return self.ready is not None
 
-    def in_flight(self) -> list[int]:
-        """Ids of the calls that have not ended; the start message does not count."""
+    def in_flight(self) -> int:
+        """How many calls have not ended."""
+        return len(self._ids()) + len(self._without_slot())
+
+    def _ids(self) -> list[int]:
+        """Of the calls that have a slot; the start message does not count."""
         return [id for id in self.channel.in_flight() if id != self._startup.id]
 
+    def _without_slot(self) -> list[Flight]:
+        return [each for each in list(self.flights) if each.call is None or not each.call.id]
+
     def cancel_all(self) -> int:
-        """Cancel the calls in flight, and say how many those were."""
-        ids = self.in_flight()
-        for id in ids:
+        """Cancel the calls in flight, and say how many those were.
+
+        Those that wait for a slot look for themselves, see `Supervisor.cancels`.
+        """
+        count = self.in_flight()
+        for id in self._ids():
             self.channel.cancel(id)
         for flight in list(self.flights):
             self.give_up(flight)
-        return len(ids)
+        return count
 
     def begin(self, flight: Flight) -> bool:
         """Note a call that is about to be sent; false if this worker takes no more.

@@ -9,7 +9,14 @@ from collections import Counter
 from collections.abc import Mapping
 
 from inferpool import codec
-from inferpool.errors import InferpoolError, PoisonousRequest, PoolClosed, QueueFull, RoleDegraded
+from inferpool.errors import (
+    CallCancelled,
+    InferpoolError,
+    PoisonousRequest,
+    PoolClosed,
+    QueueFull,
+    RoleDegraded,
+)
 from inferpool.host.incarnation import Incarnation
 from inferpool.host.process import call_later, resident_bytes
 from inferpool.host.restart import CrashRecord
@@ -27,6 +34,7 @@ class Supervisor:
         at_hand: the worker that may get a call without another question, see `calls.try_call`.
         owner: id of the process that started workers; None before that.
         waiting: as many entries as calls wait until a worker may have them.
+        cancels: how often all calls were cancelled.
     """
 
     def __init__(self, spec: RoleSpec, budget: MemoryBudget) -> None:
@@ -40,6 +48,7 @@ class Supervisor:
         self.at_hand: Incarnation | None = None
         self.owner: int | None = None
         self.waiting: list[None] = []  # no int, since threads would lose counts
+        self.cancels = 0
         self._count = 0
         self._closed = False
         self._crashes = CrashRecord(spec.policy)
@@ -197,7 +206,13 @@ class Supervisor:
 
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were."""
-        return sum(each.cancel_all() for each in list(self._members))
+        self.cancels += 1  # first, so that a call that is counted sees it
+        return len(self.waiting) + sum(each.cancel_all() for each in list(self._members))
+
+    def check_cancelled(self, before: int) -> None:
+        """Raise `CallCancelled` if all calls were cancelled since `cancels` was ``before``."""
+        if self.cancels != before:
+            raise CallCancelled("the call was cancelled")
 
     def reset(self) -> None:
         """Forget the crashes, so that the role gets workers again."""
@@ -283,7 +298,7 @@ class Supervisor:
 
     def in_flight(self) -> int:
         """Calls that have not ended."""
-        return sum(len(each.in_flight()) for each in list(self._members))
+        return len(self.waiting) + sum(each.in_flight() for each in list(self._members))
 
     def end(self, timeout: float) -> None:
         """After `ask_to_end`: make sure that the workers have ended within `timeout` seconds."""
@@ -339,7 +354,8 @@ class Supervisor:
             without = "dead" if self._last_crashed and not self._closed else "stopped"
         state = next((each for each in ("busy", "ready", "starting") if each in states), without)
         first = workers[0] if workers else None
-        queue = [call for each in workers for call in each.calls if not call.taken]
+        calls = [call for each in workers for call in each.calls]
+        queue = [call for call in calls if not (call.taken or call.given_up)]
         return RoleStatus(
             role=self.spec.name,
             model=self.spec.model,
@@ -350,7 +366,7 @@ class Supervisor:
             loading=first.loading if first else 0.0,
             load_seconds=first.load_seconds if first else None,
             sandbox=first.sandbox if first else None,
-            in_flight=len(self.waiting) + sum(len(each.in_flight()) for each in members),
+            in_flight=len(self.waiting) + sum(each.in_flight() for each in members),
             queue=len(self.waiting) + len(queue),
             memory=sum(each.memory or 0 for each in workers),
             restarts=self._crash_count,
