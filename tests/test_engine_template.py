@@ -46,6 +46,8 @@ def test_template_gets_what_templates_are_written_for() -> None:
         ("{{ {'b': [1], 'a': 'é'} | tojson(indent=1) }}", '{\n "b": [\n  1\n ],\n "a": "é"\n}'),
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
         ("{{ 'a\nb\n\nc' | indent(2, true) }}", "  a\n  b\n\n  c"),
+        ("{{ 'a\n\nb\n' | indent(2, blank=true) }}", "a\n  \n  b\n  "),
+        ("{{ 'a\n' | indent(2, first=true) }}{{ '' | indent }}b", "  a\nb"),
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
         ("{{ messages | map(attribute='role') | join('|') }}", "user"),
         ("{{ messages | map(attribute='role') | tojson }}", '["user"]'),

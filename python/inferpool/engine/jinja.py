@@ -266,13 +266,15 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._check(len(values) * len(between))
         return between.join(map(str, values))
 
-    def _indent(self, text: Any, width: int | str = 4, first: bool = False) -> str:
+    def _indent(
+        self, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
+    ) -> str:
         margin = width if isinstance(width, str) else " " * min(width, 256)
-        lines = str(text).splitlines()
+        lines = f"{text}\n".splitlines()  # so that a newline at the end is one afterwards
         self._check(len(lines) * len(margin))
         start = margin if first else ""
         return start + "\n".join(
-            line if at == 0 or not line else margin + line for at, line in enumerate(lines)
+            margin + line if at and (line or blank) else line for at, line in enumerate(lines)
         )
 
     def _to_json(
