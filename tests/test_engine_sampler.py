@@ -183,6 +183,35 @@ def test_xtc_leaves_the_least_likely_of_the_likely(
     assert excluded == order[2]
 
 
+@pytest.mark.parametrize("bias", [0.0, -100.0, -math.inf])
+def test_typical_tokens_are_those_whose_surprise_is_the_expected(
+    model: Model, context: Context, logits: np.ndarray, bias: float
+) -> None:
+    likeliest = int(logits.argmax())
+    biased = logits.copy()
+    biased[likeliest] += bias  # to where a float32 can't tell its probability from 0
+    ratios = np.exp(biased - biased.max())
+    found = ratios > 0
+    logarithms = np.log(ratios[found] / ratios.sum())
+    deviation = np.abs(logarithms - (np.exp(logarithms) @ logarithms))
+    order = np.argsort(deviation)
+    n_typical = int((np.exp(logarithms)[order].cumsum() > 0.3).argmax()) + 1
+    typical = set(np.flatnonzero(found)[order[:n_typical]].tolist())
+    open_chain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 0.3}
+    drawn = {
+        draw(model, context, seed=seed, **open_chain, logit_bias={likeliest: bias})
+        for seed in range(100)
+    }
+    assert drawn <= typical
+
+
+def test_mirostat_still_chooses_where_a_grammar_leaves_little(
+    model: Model, context: Context
+) -> None:
+    options = {"mirostat": 1, "temperature": 2.0, "grammar": "root ::= [a-j]"}
+    assert len({draw(model, context, seed=seed, **options) for seed in range(30)}) > 3
+
+
 def test_logit_bias_bans_and_forces(model: Model, context: Context, logits: np.ndarray) -> None:
     first, second = (int(token) for token in np.argsort(-logits)[:2])
     assert draw(model, context, temperature=0, logit_bias={first: -math.inf}) == second

@@ -19,6 +19,10 @@ __all__ = ["Candidates", "Sampler"]
 
 # Below it a division of the logits overflows 32 bits, and nothing differs from 0 anyway.
 _GREEDY_TEMPERATURE = 1e-6
+# typical_p and mirostat 1 take the logarithm of probabilities, also of those that are 0 since a ban
+# or a grammar forbids the token, and then mistake what is likely. What is less likely than this,
+# relative to the likeliest, is never drawn anyway.
+_LEAST_LIKELY = 1e-30
 # How many tokens mirostat 1 estimates its rank from; llama.cpp's only value.
 _MIROSTAT_M = 100
 
@@ -211,7 +215,9 @@ class Sampler:
             return
         if asked.mirostat == 0:
             self._add(lib.llama_sampler_init_top_k(asked.top_k))
-            self._add(lib.llama_sampler_init_typical(asked.typical_p, 0))
+            if asked.typical_p < 1.0:
+                self._add(lib.llama_sampler_init_min_p(_LEAST_LIKELY, 0))
+                self._add(lib.llama_sampler_init_typical(asked.typical_p, 0))
             self._add(lib.llama_sampler_init_top_p(asked.top_p, 0))
             self._add(lib.llama_sampler_init_min_p(asked.min_p, 0))
             self._add(
@@ -221,6 +227,7 @@ class Sampler:
         tau, eta = asked.mirostat_tau, asked.mirostat_eta
         if asked.mirostat == 1:
             n_vocab = self._model.n_vocab
+            self._add(lib.llama_sampler_init_min_p(_LEAST_LIKELY, 0))
             self._add(lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, _MIROSTAT_M))
         elif asked.mirostat == 2:
             self._add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
