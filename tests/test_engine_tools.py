@@ -342,6 +342,26 @@ def test_a_call_that_is_cut_ends_with_length() -> None:
     assert parser.finish("length").finish_reason == "length"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@given(cuts=st.lists(st.integers(0, 1000)))
+def test_a_call_that_a_stop_string_cuts_is_not_said_to_be_made(
+    family: str, cuts: list[int]
+) -> None:
+    template, answer = FAMILIES[family]
+    options = {"calls": form_of(template), "reasoning": reasoning_of(template)}
+    for stop, reason in (("Rome", "stop"), ("Oslo", "stop"), ("never", "tool_calls")):
+        assert parsed(answer, cuts, stop=[stop], **options).finish_reason == reason
+
+
+@given(cuts=st.lists(st.integers(0, 1000)))
+def test_a_stop_string_after_a_call_leaves_it_made(cuts: list[int]) -> None:
+    text = '<tool_call>{"name": "clock"}\n</tool_call>'
+    result = parsed(text, cuts, calls=HERMES, stop=["</tool_call>"])
+    assert (result.finish_reason, calls_of(result)) == ("tool_calls", [("clock", {})])
+    result = parsed(text, cuts, calls=HERMES, stop=["}"])
+    assert (result.finish_reason, result.tool_calls[0].function.arguments) == ("stop", "")
+
+
 # Reasoning
 
 

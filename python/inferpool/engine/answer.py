@@ -108,12 +108,14 @@ class AnswerParser:
             self._held, self._reader = self._opening + self._reader.raw, None
         if self._in_header and self._header is not None and self._header.begins(self._held):
             self._held = ""  # half a header says nothing
+        # A stop string can cut a call off, as `max_tokens` can.
+        is_cut = self.stopped and self._reader is not None and not self._reader.complete
         if self._reader is None:
             self._said["reasoning" if self._thinking else "text"] += self._held.rstrip()
-        elif reason == "stop":
+        elif reason == "stop" and not is_cut:
             self._reader.finish()
             self._told += self._reader.deltas
-        if reason == "stop" and self._n_calls:
+        if reason == "stop" and self._n_calls and not is_cut:
             reason = "tool_calls"
         return self._delta(finish_reason=reason, dropped_messages=self._dropped)
 

@@ -44,6 +44,7 @@ class CallReader:
     Attributes:
         deltas: what is certain now; the caller takes it and clears it.
         n_calls: calls so far, those of the same answer before it included.
+        complete: whether the last call was read to its end.
         raw: all that was read.
     """
 
@@ -60,6 +61,7 @@ class CallReader:
         """
         self.deltas: list[ToolCallDelta] = []
         self.n_calls = n_calls
+        self.complete = False
         self.raw = ""
         self._before = n_calls
         self._form = form
@@ -125,9 +127,11 @@ class CallReader:
 
     def _call(self) -> _Wanting:
         """A call whose brace was read."""
+        self.complete = False
         yield from self._object()
         if not self._has_arguments:
             self._add("{}")
+        self.complete = True
 
     def _object(self) -> _Wanting:
         """A call as an object whose brace was read."""
@@ -161,6 +165,7 @@ class CallReader:
     def _read_named(self) -> _Wanting:
         while (yield from self._next_name()):
             yield from self._arguments(self._add)
+            self.complete = True
             if not self._form.call:
                 if self._form.end:
                     yield from self._wait(self._form.end)
@@ -181,6 +186,7 @@ class CallReader:
                 self._add(f"{separator}{json.dumps(name)}: {self._typed(name, value)}")
                 separator = ", "
             self._add("{}" if separator == "{" else "}")
+            self.complete = True
             more = mark == form.call and (yield from self._named())
 
     def _next_name(self) -> _Wanting:
@@ -235,7 +241,7 @@ class CallReader:
         if not isinstance(name, str) or (self._bare and name not in self._tools):
             raise _Broken
         self._function = name
-        self._has_arguments = False
+        self._has_arguments = self.complete = False
         self.deltas.append(
             ToolCallDelta(
                 index=self.n_calls,
