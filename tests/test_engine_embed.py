@@ -126,6 +126,17 @@ def test_truncate_keeps_the_closing_token(session: PackedSession) -> None:
     np.testing.assert_allclose(cut, whole, atol=1e-6)
 
 
+def test_truncate_keeps_a_closing_token_that_the_metadata_deny(
+    minilm_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "no-separator.gguf"
+    shutil.copyfile(minilm_path, path)
+    patch_metadata(path, "tokenizer.ggml.add_sep_token", bytes(1))
+    with closing(make_session(str(path))) as made:
+        cut, whole = embed(made, ["bee " * 600, "bee " * 510], truncate=True)
+    np.testing.assert_allclose(cut, whole, atol=1e-6)
+
+
 # What the tokenizer of the original model makes of them.
 WORDS = {
     "Crème brûlée": [13675, 21382, 7987, 9307, 2063],
@@ -273,17 +284,17 @@ def test_a_truncated_file_is_a_load_error(minilm_path: Path, tmp_path: Path) -> 
 def test_a_model_without_pooling_is_refused(minilm_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "no-pooling.gguf"
     shutil.copyfile(minilm_path, path)
-    patch_metadata(path, "bert.pooling_type", 0)
+    patch_metadata(path, "bert.pooling_type", bytes(4))
     with pytest.raises(ModelLoadError, match="not an embedding model"):
         make_session(str(path))
 
 
-def patch_metadata(path: Path, key: str, value: int) -> None:
-    """Overwrite an unsigned 32-bit value: it follows its key and a 4-byte type."""
+def patch_metadata(path: Path, key: str, value: bytes) -> None:
+    """Overwrite a value: it follows its key and a 4-byte type."""
     with path.open("r+b") as file:
         head = file.read(1 << 20)
         file.seek(head.index(key.encode()) + len(key) + 4)
-        file.write(value.to_bytes(4, "little"))
+        file.write(value)
 
 
 # The role

@@ -181,9 +181,9 @@ class Model:
     @property
     def adds_suffix(self) -> bool:
         """Whether ``add_special`` ends a text with a token (``[SEP]``, EOS)."""
-        return bool(
-            lib.llama_vocab_get_add_sep(self._vocab) or lib.llama_vocab_get_add_eos(self._vocab)
-        )
+        # The metadata don't tell: WordPiece has its [SEP] whatever they say, others never.
+        around = self.tokenize("", add_special=True, parse_special=False)
+        return len(around) > self._add_bos
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes that ``token`` stands for; none for control tokens, unless ``special``."""
