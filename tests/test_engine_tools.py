@@ -480,9 +480,12 @@ def test_calls_have_the_ids_that_the_model_knows() -> None:
 def test_a_template_without_tools_gets_them_as_text() -> None:
     form = tool_format_of("", takes_tools=False)
     messages = read([{"role": "system", "content": "Be kind."}, *CONVERSATION], list[ChatMessage])
-    system, user, call, results = as_text(messages, TOOLS, form)
+    clock = {"type": "function", "function": {"name": "clock", "description": "Où et quand"}}
+    tools = read([WEATHER, clock], list[Tool])
+    system, user, call, results = as_text(messages, tools, form)
     assert system.text.startswith("Be kind.\n\nYou may call functions")
     assert '"name": "get_weather"' in system.text
+    assert "Où et quand" in system.text
     assert user.text == "What time is it?"
     assert call.text.count('<tool_call>\n{"name": "clock", "arguments": {"a": "é"}}') == 2
     assert results.role == "user"

@@ -179,7 +179,9 @@ def as_text(
             ]
             plain.append(ChatMessage(message.role, "\n".join(pieces)))
     if tools:
-        listed = "\n".join(json.dumps(tool["function"]) for tool in described(tools))
+        listed = "\n".join(
+            json.dumps(tool["function"], ensure_ascii=False) for tool in described(tools)
+        )
         told = form.system.replace("{tools}", listed).strip()
         if plain[0].role == "system":
             told = f"{plain.pop(0).text}\n\n{told}"
