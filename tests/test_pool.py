@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import inspect
 import os
 import pickle
@@ -159,6 +160,24 @@ def test_a_timeout_ends_the_call_and_the_worker_stays_usable(pool: Pool) -> None
     with pytest.raises(CallTimeout):
         pool.call("echo", "wait_for_abort", timeout=0.05)
     assert pool.call("echo", "facts")["pid"] == pid
+
+
+def test_a_stream_beside_a_call_that_timed_out_is_dropped_with_its_caller(pool: Pool) -> None:
+    def use() -> None:
+        stream = pool.stream("echo", "count", None)
+        next(stream)
+        pool.call("echo", "echo", timeout=0.05)
+        pytest.fail("the worker waits for the stream's reader")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(CallTimeout) as caught:
+            use()
+        del caught
+        assert pool.call("echo", "facts", timeout=10)["dropped"] == 2
+    finally:
+        gc.enable()
 
 
 def test_a_zero_timeout_is_no_hang_and_a_negative_one_an_error(pool: Pool) -> None:

@@ -20,6 +20,7 @@ from inferpool.codec import encode
 from inferpool.errors import (
     CallCancelled,
     CallTimeout,
+    GivenUp,
     InferpoolError,
     PeerDied,
     PoolClosed,
@@ -95,9 +96,16 @@ class Deadline:
         if self._at is not None and time.monotonic() >= self._at:
             raise self.error()
 
-    def error(self) -> CallTimeout:
-        """What to raise when the time has come."""
-        return CallTimeout(f"no answer within {self._timeout:g} s")
+    def error(self, ladder: GivenUp | None = None) -> CallTimeout:
+        """What to raise when the time has come.
+
+        To be raised at once: a variable of the raising function that held it would keep everything
+        in its traceback, down to the streams of whoever called, until garbage is collected.
+        """
+        error = CallTimeout(f"no answer within {self._timeout:g} s")
+        if ladder is not None:
+            error.ladder = ladder
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,9 +319,7 @@ def next_event(opened: OpenCall, deadline: Deadline) -> Steps[Event]:
     try:
         event: Event = yield incarnation, opened.call, "event", deadline.left()
     except CallTimeout:
-        error = deadline.error()
-        error.ladder = opened.flight.ladder
-        raise error from None
+        raise deadline.error(opened.flight.ladder) from None
     except CallCancelled as cancelled:
         cancelled.ladder = opened.flight.ladder
         raise
