@@ -105,6 +105,12 @@ def sized(reply: Reply, payload: list[int], state: WorkerLoopState) -> None:
         reply.send("bytes", bytes([index % 256]) * size)
 
 
+def flood(reply: Reply, payload: int, state: WorkerLoopState) -> None:
+    """Send bytes of so much size without end."""
+    while True:
+        reply.send("bytes", bytes(payload))
+
+
 def half(reply: Reply, payload: list[str], state: WorkerLoopState) -> None:
     """Stop amid an item that is larger than the ring, make a file, and do what the payload says."""
     then, mark = payload
@@ -335,6 +341,7 @@ HANDLERS: dict[str, KindHandler] = {
     "count_united": count_united,
     "tagged": tagged,
     "sized": sized,
+    "flood": flood,
     "half": half,
     "nothing": nothing,
     "hold_gil": hold_gil,
