@@ -231,6 +231,14 @@ def test_a_request_that_crashed_two_workers_is_refused() -> None:
         crash(pool, 7)
 
 
+def test_what_cannot_travel_is_refused_after_a_crash_as_before(pool: Pool) -> None:
+    pool.call("echo", "echo")
+    crash(pool, 7)
+    for payload in (1 << 64, "\udcff"):
+        with pytest.raises(ValueError, match="payload cannot be encoded"):
+            pool.call("echo", "echo", payload)
+
+
 def test_a_request_is_not_blamed_for_what_others_do() -> None:
     policy = Policy(max_crashes=100, backoff=0.0)
     with Pool(echo=echo_role(), policy=policy) as pool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 
-import msgspec
-
 from inferpool._transport import Call
 from inferpool.codec import Parts
 from inferpool.errors import GivenUp
@@ -51,7 +49,8 @@ class Flight:
 def digest(parts: Parts) -> bytes:
     """Stands for the content of a request."""
     content = hashlib.blake2b(digest_size=16)
-    buffers = [msgspec.msgpack.encode(parts)] if isinstance(parts, tuple) else parts
+    # Whether a plain payload can travel is the transport's to say.
+    buffers = [repr(parts).encode()] if isinstance(parts, tuple) else parts
     for part in buffers:
         view = memoryview(part)
         content.update(view.nbytes.to_bytes(8, "little"))
