@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_fakes import SETTINGS, stream
 from hypothesis import given
@@ -202,6 +203,13 @@ def test_a_completion_that_is_too_long_is_an_error(model: Model) -> None:
     builder = PromptBuilder(model, n_ctx=16)
     with pytest.raises(ContextLengthExceeded, match="the context holds 16"):
         builder.build(ChatRequest(prompt="bee " * 20))
+
+
+def test_a_completion_of_nothing_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What vocabularies that drop white space make of it, if the model wants no BOS.
+    monkeypatch.setattr(Model, "tokenize", lambda *_, **__: np.empty(0, np.int32))
+    with pytest.raises(InvalidRequest, match="no token"):
+        PromptBuilder(model, n_ctx=64).build(ChatRequest(prompt=" "))
 
 
 def test_a_model_without_a_template_only_completes(

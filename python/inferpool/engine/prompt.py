@@ -120,13 +120,15 @@ class PromptBuilder:
             ContextLengthExceeded: if what has to stay of the prompt leaves no room for an answer;
                 with the numbers. Of a text that is far too long, ``asked`` is what it has at least.
             InvalidRequest: if the chat template refuses the messages, makes nothing of them, or
-                is missing, or if a schema can't be kept to.
+                is missing, if a prompt gives no token, or if a schema can't be kept to.
             ModelError: if the chat template fails.
         """
         if request.messages is None:
             text = request.prompt or ""
             self._check_room(request, self._at_least(text), 0)
             tokens = self._model.tokenize(text, add_special=True, parse_special=True)
+            if not tokens.size:
+                raise InvalidRequest("the prompt gives no token, so nothing can follow it")
             self._check_room(request, len(tokens), 0)
             return Prompt(
                 model=self._model,
