@@ -107,6 +107,15 @@ def test_a_folder_that_may_not_be_looked_at_is_passed_over(
     assert pool.call("echo", "echo", 1) == 1
 
 
+def test_a_module_folder_whose_name_is_not_utf_8_is_passed_over(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(folder)
+    monkeypatch.setattr(sys, "path", [folder, *sys.path])
+    assert pool.call("echo", "echo", 1) == 1
+
+
 def test_relative_paths_stay_what_they_were_when_the_host_goes_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ class RoleSpec:
         role = self.role
         # A role of one's own may be anywhere; the package's own are where the interpreter looks.
         own = role.session.partition(":")[0].startswith("inferpool.")
-        folders = [] if own else [str(entry) or "." for entry in sys.path]
+        folders = [] if own else [entry or "." for entry in _module_path()]
         return Sandbox(
             level=role.sandbox,
             # As an import does, and not `Path.exists`, this passes over what may not be looked at.
@@ -108,7 +108,7 @@ class RoleSpec:
             options=dict(self.role.options),
             log_path=None if log is None else str(log),
             log_level=self.options.log_level,
-            sys_path=[str(entry) for entry in sys.path],
+            sys_path=_module_path(),
         )
 
 
@@ -117,6 +117,12 @@ def _working_folder() -> Path | None:
         return Path.cwd()
     except OSError:  # it was removed
         return None
+
+
+def _module_path() -> list[str]:
+    """``sys.path`` without folders whose names are not UTF-8, which can't travel."""
+    entries = map(str, sys.path)
+    return [entry for entry in entries if entry.encode(errors="ignore").decode() == entry]
 
 
 def _as_role(name: str, given: RoleLike) -> Role:
