@@ -306,6 +306,18 @@ def inherited(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     reply.send("descriptors", done.stdout.split())
 
 
+def fork(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """Fork a process that comes back from here in some way, and tell its exit status."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        reply.send("status", os.waitstatus_to_exitcode(status))
+    elif payload == "exit":
+        sys.exit(7)
+    elif payload == "raise":
+        raise RuntimeError("in the child")
+
+
 def note_signals(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
     """Note from now on what is held back while a handler of SIGUSR1 runs, in the session."""
     masks = cast(Session, state.session).options["masks"] = []
@@ -335,6 +347,11 @@ def chatter(reply: Reply, payload: int, state: WorkerLoopState) -> None:
     reply.send("size", os.fstat(2).st_size)
 
 
+async def echo_later(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+    """What no handler can be."""
+
+
+LAZY_HANDLERS = {"echo": echo_later}
 HANDLERS: dict[str, KindHandler] = {
     "echo": echo,
     "count": count,
@@ -361,6 +378,7 @@ HANDLERS: dict[str, KindHandler] = {
     "compute": compute,
     "environment": environment,
     "facts": facts,
+    "fork": fork,
     "inherited": inherited,
     "note_signals": note_signals,
     "close_streams": close_streams,

@@ -160,9 +160,10 @@ def test_a_worker_that_hangs_up_and_lives_on_is_killed(pool: Pool) -> None:
         (Role("no_such_module:make", "echo_role:HANDLERS"), "no_such_module"),
         (Role("echo_role:no_such_name", "echo_role:HANDLERS"), "no_such_name"),
         (Role("echo_role:make_session", "echo_role:echo"), "not a mapping"),
+        (Role("echo_role:make_session", "echo_role:LAZY_HANDLERS"), "'echo' is async or a gen"),
         (echo_role(exit=9), "exit code 9"),
     ],
-    ids=["raises", "no module", "no attribute", "no handlers", "exits"],
+    ids=["raises", "no module", "no attribute", "no handlers", "lazy", "exits"],
 )
 def test_a_worker_that_cannot_start_is_a_typed_error(role: Role, message: str) -> None:
     with Pool(broken=role) as pool:

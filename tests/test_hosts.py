@@ -152,6 +152,15 @@ def test_programs_that_a_handler_starts_inherit_no_channel(pool: Pool) -> None:
     assert pool.call("echo", "inherited") == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize(("how", "status"), [("return", 0), ("exit", 7), ("raise", 1)])
+def test_a_process_that_a_handler_forks_does_not_become_a_worker(
+    pool: Pool, how: str, status: int
+) -> None:
+    pid = pool.call("echo", "facts")["pid"]
+    assert pool.call("echo", "fork", how, timeout=10) == status
+    assert pool.call("echo", "facts")["pid"] == pid
+
+
 def test_a_signal_s_handler_in_an_idle_worker_holds_no_others_back(pool: Pool) -> None:
     pool.call("echo", "note_signals")
     time.sleep(0.3)  # from the 50th millisecond on the worker sleeps until there is a request

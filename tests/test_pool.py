@@ -664,14 +664,13 @@ def test_abandoned_streams_give_their_slots_back(pool: Pool) -> None:
     assert pool.status()["echo"].in_flight == 0
 
 
-@pytest.mark.timeout(300)  # a call takes milliseconds on a busy machine
 def test_memory_stays_flat_over_many_calls(pool: Pool) -> None:
     def resident_kib(pid: int) -> int:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * resource.getpagesize() // 1024
 
     def many() -> None:
-        for _ in range(20_000):
+        for _ in range(10_000):
             pool.call("echo", "echo", (b"x" * 3000, [1, "two"]))
 
     many()
@@ -680,4 +679,4 @@ def test_memory_stays_flat_over_many_calls(pool: Pool) -> None:
     many()
     after = [resident_kib(os.getpid()), resident_kib(worker)]
     growth = [now - then for now, then in zip(after, before, strict=True)]
-    assert max(growth) < 256, growth  # 13 bytes a call
+    assert max(growth) < 128, growth  # 13 bytes a call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,17 +263,24 @@ def test_an_error_that_fails_to_describe_itself_ends_its_call_and_no_more(
     assert [request.outcome for request in requests] == [[type(error).__name__]] * 2
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-def test_a_handler_that_would_never_run_is_refused() -> None:
-    async def wait(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
-        reply.send("item", 1)
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, 0), (SystemExit(), 0), (SystemExit(7), 7), (SystemExit("why"), 1), (ValueError(), 1)],
+    ids=repr,
+)
+def test_a_process_that_a_handler_forked_ends_when_it_comes_back(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException | None, status: int
+) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
 
-    def generate(reply: Reply, payload: Any, state: WorkerLoopState) -> Iterator[int]:
-        yield 1
+    def fork(reply: Reply, payload: Any, state: WorkerLoopState) -> None:
+        state.forked = True
+        if error is not None:
+            raise error
 
-    requests = [FakeRequest(codec.encode(kind, None)) for kind in ("wait", "generate")]
-    run(FakeChannel(requests), wait=wait, generate=generate)
-    assert [request.outcome for request in requests] == [["TypeError"], ["TypeError"]]
+    run(FakeChannel([FakeRequest(codec.encode("fork", None))]), fork=fork)
+    assert statuses == [status]
 
 
 def test_an_error_that_only_has_the_name_of_one_of_ours_is_not_taken_for_it() -> None:

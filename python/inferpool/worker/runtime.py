@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Protocol
 
 import msgspec
@@ -46,8 +47,8 @@ RoleConfig = Start
 LOG_CHECK_SECONDS = 0.001
 """Least time between two looks at the log's size, which take a tenth of a short request each."""
 
-_NEVER_RUN = (CoroutineType, GeneratorType, AsyncGeneratorType)
-"""What is called for nothing unless somebody runs it then."""
+# What tells functions whose body does not run when they are called.
+_LAZY = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 UNCONFINED = SandboxReport(level="basic")
 
@@ -142,6 +143,8 @@ class WorkerLoopState:
     """Requests that were given up before their answer was complete."""
     deferred: set[Reply] = field(default_factory=set)
     """Calls that have outlived their handler."""
+    forked: bool = False
+    """Whether this is a process that a handler has forked."""
 
 
 # Who waits for the session that is being built, and how many percent of it were reported.
@@ -192,6 +195,9 @@ def run_worker(
     session: Session | None = None
     try:
         handlers = {READY_KIND: _answer_nothing, **kind_handlers}
+        for kind, handler in handlers.items():
+            if any(is_lazy(handler) for is_lazy in _LAZY):
+                raise TypeError(f"the handler of {kind!r} is async or a generator: nobody runs it")
         began = time.monotonic()
         if start_request is not None:
             _loading.set((start_request, 0))
@@ -204,7 +210,9 @@ def run_worker(
         if start_request is not None:
             start_request.send(encode("ready", Ready(load_seconds=seconds, sandbox=sandbox)))
             start_request.end()
-        _dispatch(channel, handlers, WorkerLoopState(role_config, session), log)
+        state = WorkerLoopState(role_config, session)
+        os.register_at_fork(after_in_child=lambda: setattr(state, "forked", True))
+        _dispatch(channel, handlers, state, log)
     finally:
         channel.shut_down()
         _close(session)
@@ -270,15 +278,23 @@ def _serve(
             handler = kind_handlers.get(kind)
             if handler is None:
                 raise ValueError(f"unknown kind {kind!r}; known: {sorted(kind_handlers)}")
-            started: object = handler(reply, payload, state)
-            if started is not None and isinstance(started, _NEVER_RUN):
-                raise TypeError(f"the handler of {kind!r} must be a plain function")
+            handler(reply, payload, state)
+            if state.forked:
+                _leave_fork(None)
         if not reply.deferred:
             # Not by `Reply.end`, which takes longer: somebody waits for this.
             request.end()
             state.served += 1
     except BaseException as error:  # noqa: BLE001  # SystemExit too: the loop goes on
+        if state.forked:
+            _leave_fork(error)
         reply.fail(error)
+
+
+def _leave_fork(error: BaseException | None) -> None:
+    """End a process that a handler forked and let come back from it: it is no second worker."""
+    code = error.code or 0 if isinstance(error, SystemExit) else int(error is not None)
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _finish(request: Request, error: BaseException | None, state: WorkerLoopState) -> None:
