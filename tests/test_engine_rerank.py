@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from engine_fakes import CountdownAbort, FakeReply
 from tiny_models import END, RERANK_TEMPLATE, write_qwen3
 
+from inferpool.engine import token_types
+from inferpool.engine.context import Batch
+from inferpool.engine.gguf import Gguf
 from inferpool.engine.pairs import TemplatePairs
 from inferpool.engine.reranker import Reranker
 from inferpool.errors import (
     CallCancelled,
     ContextLengthExceeded,
     InvalidRequest,
+    ModelError,
     ModelLoadError,
 )
 from inferpool.messages import RerankRequest
@@ -193,6 +200,201 @@ def test_a_model_that_gives_all_pairs_one_score_is_refused(
     monkeypatch.setattr(model, "class_labels", lambda: [""])
     with pytest.raises(ModelLoadError, match="names no labels"):
         Reranker(model, asking.packer)
+
+
+# Types of tokens
+
+F32, F16, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0"))
+TYPES, EMBEDDINGS = "token_types.weight", "token_embd.weight"
+
+
+def write_typed(path: Path, kind: gguf.GGMLQuantizationType = F32) -> Path:
+    """``TINY``, but that its types of tokens differ, and that its embeddings are of ``kind``."""
+    source = gguf.GGUFReader(TINY)
+    writer = gguf.GGUFWriter(path, "bert")
+    for name, field in source.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for tensor in source.tensors:
+        data = np.array(tensor.data)
+        if tensor.name == TYPES:
+            data[1] += np.random.default_rng(5).standard_normal(data.shape[1])
+        if tensor.name == EMBEDDINGS:
+            data = gguf.quantize(data, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind if tensor.name == EMBEDDINGS else F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def bert_score(path: Path, tokens: np.ndarray, *, types: bool = True) -> float:
+    """What a BERT of two layers, of four heads of eight, gives a pair, computed plainly."""
+    weights = {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    n, separator = len(tokens), 3
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-12)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    second = np.arange(n) > list(tokens).index(separator)
+    x = weights[EMBEDDINGS][tokens] + weights["position_embd.weight"][:n]
+    x = norm(x + weights[TYPES][(second & types).astype(int)], "token_embd_norm")
+    for block in ("blk.0.", "blk.1."):
+        q, k, v = (
+            linear(x, block + name).reshape(n, 4, 8).swapaxes(0, 1)
+            for name in ("attn_q", "attn_k", "attn_v")
+        )
+        attention = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(8))
+        attention /= attention.sum(-1, keepdims=True)
+        seen = (attention @ v).swapaxes(0, 1).reshape(n, 32)
+        x = norm(x + linear(seen, block + "attn_output"), block + "attn_output_norm")
+        inner = linear(x, block + "ffn_up")
+        inner *= 0.5 * (1 + np.vectorize(math.erf)(inner / np.sqrt(2)))
+        x = norm(x + linear(inner, block + "ffn_down"), block + "layer_output_norm")
+    return float(linear(np.tanh(linear(x[0], "cls")), "cls.output").item())
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("kind", [F32, F16, Q8_0])
+def test_query_and_document_have_types_of_their_own(
+    kind: gguf.GGMLQuantizationType, flash_attn: bool, tmp_path: Path
+) -> None:
+    path = write_typed(tmp_path / "typed.gguf", kind)
+    typed = role.make_session(config(path, flash_attn=flash_attn), None)
+    pairs, n_ctx = typed.engine._pairs, typed.engine.n_ctx
+    documents = [*DOCUMENTS, "bees dance " * 300]
+    sequences = [pairs.tokens(QUERY, document) for document in DOCUMENTS]
+    sequences.append(pairs.cut(QUERY, documents[-1], n_ctx))
+    expected = [bert_score(path, tokens) for tokens in sequences]
+    alike = [bert_score(path, tokens, types=False) for tokens in sequences]
+    assert np.median(np.abs(np.subtract(alike, expected))) > 20 * TOLERANCE
+    assert not np.array_equal(np.argsort(alike), np.argsort(expected))
+    packed = score(typed, QUERY, documents * 3, truncate=True)
+    np.testing.assert_allclose(packed, expected * 3, atol=TOLERANCE)
+    alone = [score(typed, QUERY, [document], truncate=True)[0] for document in documents]
+    np.testing.assert_allclose(alone, expected, atol=TOLERANCE)
+    typed.close()
+
+
+@pytest.mark.parametrize("kind", [F32, F16, Q8_0])
+def test_embeddings_are_those_that_llama_cpp_takes_for_ids(
+    kind: gguf.GGMLQuantizationType, tmp_path: Path
+) -> None:
+    path = write_typed(tmp_path / "typed.gguf", kind)
+    typed = role.make_session(config(path), None)
+    typed.packer._batch._embedding._difference[:] = 0
+    of_embeddings = score(typed, QUERY, DOCUMENTS)
+    typed.packer._batch = Batch(typed.engine.n_ctx)
+    np.testing.assert_array_equal(score(typed, QUERY, DOCUMENTS), of_embeddings)
+    typed.close()
+
+
+def test_a_token_without_an_embedding_is_the_error_of_its_call(tmp_path: Path) -> None:
+    typed = role.make_session(config(write_typed(tmp_path / "typed.gguf")), None)
+    table = typed.packer._batch._embedding._table
+    table._data = table._data[: typed.engine._pairs.tokens("a", "b").max() + 1]
+    assert np.isfinite(score(typed, "a", ["b"])).all()
+    with pytest.raises(ModelError, match="the vocabulary has"):
+        score(typed, QUERY, DOCUMENTS)
+    assert np.isfinite(score(typed, "a", ["b"])).all()
+    typed.close()
+
+
+def test_abort_of_a_batch_of_embeddings(tmp_path: Path) -> None:
+    typed = role.make_session(config(write_typed(tmp_path / "typed.gguf")), CountdownAbort())
+    expected = score(typed, QUERY, DOCUMENTS)
+    with pytest.raises(CallCancelled):
+        score(typed, QUERY, DOCUMENTS, abort=CountdownAbort(polls=5))
+    np.testing.assert_array_equal(score(typed, QUERY, DOCUMENTS), expected)
+    typed.close()
+
+
+def test_without_types_tokens_stay_ids(session: PackedSession, asking: PackedSession) -> None:
+    assert session.engine._pairs._model.is_wordpiece
+    for each in (session, asking):
+        assert each.packer._batch.native.token
+        assert not each.packer._batch.native.embd
+
+
+def test_rows_of_every_known_type(tmp_path: Path) -> None:
+    path = tmp_path / "rows.gguf"
+    writer = gguf.GGUFWriter(path, "bert")
+    random = np.random.default_rng(3)
+    for kind, (_, block, size) in token_types._FORMATS.items():
+        assert gguf.GGML_QUANT_SIZES[kind] == (block, size)
+        data = random.integers(0, 64, (5, 256 // block * size), np.uint8)
+        writer.add_tensor(str(kind), data, raw_dtype=gguf.GGMLQuantizationType(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = Gguf(path).tensors()
+    for tensor in gguf.GGUFReader(path).tensors:
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)[[4, 0, 4]]
+        table = token_types._Table(path, ours, tensor.name, 256)
+        np.testing.assert_allclose(table.rows(np.array([4, 0, 4])), expected, rtol=1e-6)
+        with pytest.raises(ModelError, match="5 tokens"):
+            table.rows(np.array([0, 5]))
+
+
+def test_types_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_typed(tmp_path / "typed.gguf", Q8_0)
+    with monkeypatch.context() as patch:
+        patch.delitem(token_types._FORMATS, Q8_0)
+        with pytest.raises(ModelLoadError, match=f"{EMBEDDINGS}: its type 8 is not known"):
+            role.make_session(config(path), None)
+    loaded = role.make_session(config(path), None)
+    model = loaded.engine._pairs._model
+    whole = path.read_bytes()
+    # A tensor's width, number of rows, type and place, after its name and its 2 dimensions.
+    for name in (TYPES, EMBEDDINGS):
+        at = whole.index(name.encode()) + len(name) + 4
+        for offset, layout, value, problem in [
+            (0, "<Q", 1 << 63, "does not fit 32 numbers"),
+            (8, "<Q", 1 << 63, "beyond the file"),
+            (16, "<I", 1 << 31, "not known"),
+            (20, "<Q", (1 << 64) - 32, "beyond the file"),
+        ]:
+            broken = bytearray(whole)
+            struct.pack_into(layout, broken, at + offset, value)
+            monkeypatch.setattr(model, "path", tmp_path / "broken.gguf")
+            model.path.write_bytes(broken)
+            with pytest.raises(ModelLoadError, match=f"{name}: .*{problem}"):
+                token_types.pair_embedding(model)
+    model.path.write_bytes(whole[:at])
+    with pytest.raises(ModelLoadError, match="truncated"):
+        token_types.pair_embedding(model)
+    loaded.close()
+
+
+def test_types_in_another_file_of_a_split_model(
+    session: PackedSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = session.engine._pairs._model
+    for n_files in (1, 2):
+        path = tmp_path / f"of-{n_files}.gguf"
+        writer = gguf.GGUFWriter(path, "bert")
+        writer.add_uint16("split.count", n_files)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        monkeypatch.setattr(model, "path", path)
+        if n_files == 1:
+            assert token_types.pair_embedding(model) is None
+        else:
+            with pytest.raises(ModelLoadError, match="hint: merge"):
+                token_types.pair_embedding(model)
 
 
 def test_a_pair_without_a_token_is_refused(

@@ -58,6 +58,7 @@ _REQUIRED = {
     "llama_model_meta_val_str": 4,
     "llama_model_n_cls_out": 1,
     "llama_model_n_ctx_train": 1,
+    "llama_model_n_embd_inp": 1,
     "llama_model_n_embd_out": 1,
     "llama_n_batch": 1,
     "llama_pooling_type": 1,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.backend import lib, native_errors
 from inferpool.engine.model import Model
+from inferpool.engine.token_types import PairEmbedding
 from inferpool.errors import CallCancelled, ModelError, ModelLoadError
 
 __all__ = ["Batch", "Context", "context_length"]
@@ -35,10 +36,13 @@ class Batch:
 
     Args:
         capacity: tokens it can hold.
+        embedding: what llama.cpp is given in place of their ids, if anything is.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, embedding: PairEmbedding | None = None) -> None:
+        self._embedding = embedding
         self._token = np.zeros(capacity, np.int32)
+        self._rows = np.zeros((capacity, embedding.width if embedding else 0), np.float32)
         self._position = np.zeros(capacity, np.int32)
         self._sequence = np.zeros(capacity, np.int32)
         self._output = np.zeros(capacity, np.int8)
@@ -49,8 +53,8 @@ class Batch:
         )
         self.native = lib.llama_batch(
             n_tokens=0,
-            token=self._token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            embd=None,
+            token=None if embedding else self._token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=self._rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) if embedding else None,
             pos=self._position.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             n_seq_id=self._n_sequences.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             seq_id=self._sequence_pointer.ctypes.data_as(
@@ -76,10 +80,16 @@ class Batch:
             start: position of the first one in its sequence.
             sequence: id of the sequence.
             output: whether their results will be read.
+
+        Raises:
+            ModelError: if there is no embedding of one of them.
         """
         begin = len(self)
         end = begin + len(tokens)
-        self._token[begin:end] = tokens
+        if self._embedding is None:
+            self._token[begin:end] = tokens
+        else:
+            self._rows[begin:end] = self._embedding.rows(tokens)
         self._position[begin:end] = np.arange(start, start + len(tokens), dtype=np.int32)
         self._sequence[begin:end] = sequence
         self._output[begin:end] = output

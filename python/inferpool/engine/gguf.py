@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from inferpool.config import MAX_CONTEXT_LENGTH
 from inferpool.errors import ModelLoadError
 
-__all__ = ["Gguf"]
+__all__ = ["Gguf", "Tensor"]
+
+_T = TypeVar("_T")
 
 _SCALARS = {
     0: "<B",
@@ -29,6 +32,8 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+# Tensors begin at multiples of this, where the metadata name no other number.
+_ALIGNMENT = 32
 # Longer ones are the vocabulary's, of which the length is enough.
 _LONGEST_ARRAY = 1024
 # LLAMA_MAX_LAYERS, and more than any model has of the others. They become sizes of allocations.
@@ -46,8 +51,22 @@ _UNLIKE_OTHERS = (
 _POOLING_TYPES = range(5)
 
 
+class Tensor(NamedTuple):
+    """Where the numbers of a tensor are, and how they lie there.
+
+    Attributes:
+        shape: how many there are in a row, rows in a matrix …
+        kind: ggml's number for their type.
+        begin: the place of the first one in the file, which may be beyond its end.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    begin: int
+
+
 class Gguf:
-    """The metadata of one GGUF file.
+    """The metadata of one GGUF file, and where its tensors are.
 
     Attributes:
         path: the file.
@@ -63,12 +82,7 @@ class Gguf:
             ModelLoadError: if it is not a GGUF, or says something that makes no sense.
         """
         self.path = path
-        try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-                self.metadata = _Reader(data).metadata()
-        # An empty file can't be mapped, which is a ValueError.
-        except (OSError, ValueError, struct.error) as error:
-            raise ModelLoadError(f"can't load {path}: {error}") from error
+        self.metadata: dict[str, Any] = self._read(_Reader.metadata)
         self.architecture = str(self.metadata.get("general.architecture", ""))
         for name, most in _LIMITS.items():
             value = self.get(name, 1)
@@ -83,6 +97,31 @@ class Gguf:
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key of the architecture, such as ``"block_count"``."""
         return self.metadata.get(f"{self.architecture}.{name}", default)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other files have a part of the tensors."""
+        return _count(self.metadata.get("split.count")) > 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of this file by name.
+
+        Raises:
+            ModelLoadError: if the file can't be read any more.
+        """
+        alignment = _count(self.metadata.get("general.alignment")) or _ALIGNMENT
+        return self._read(lambda reader: reader.tensors(alignment))
+
+    def _read(self, what: Callable[[_Reader], _T]) -> _T:
+        try:
+            with (
+                self.path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data,
+            ):
+                return what(_Reader(data))
+        # An empty file can't be mapped, which is a ValueError.
+        except (OSError, ValueError, struct.error) as error:
+            raise ModelLoadError(f"can't load {self.path}: {error}") from error
 
     @property
     def bytes_per_token(self) -> int:
@@ -127,6 +166,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._at = 0
+        self._n_tensors = 0
 
     def metadata(self) -> dict[str, Any]:
         if self._bytes(4) != b"GGUF":
@@ -134,9 +174,20 @@ class _Reader:
         version = self._scalar("<I")
         if version not in {2, 3}:
             raise ValueError(f"GGUF version {version} is not known")
-        self._scalar("<Q")  # tensors, which only llama.cpp reads
+        self._n_tensors = self._scalar("<Q")
         n_values = self._scalar("<Q")
         return dict(self._pair() for _ in range(n_values))
+
+    def tensors(self, alignment: int) -> dict[str, Tensor]:
+        self.metadata()  # which they follow
+        found = dict(self._tensor() for _ in range(self._n_tensors))
+        begin = self._at + -self._at % alignment
+        return {name: each._replace(begin=begin + each.begin) for name, each in found.items()}
+
+    def _tensor(self) -> tuple[str, Tensor]:
+        name = self._string().decode("utf-8", "replace")
+        shape = tuple(self._scalar("<Q") for _ in range(self._scalar("<I")))
+        return name, Tensor(shape, kind=self._scalar("<I"), begin=self._scalar("<Q"))
 
     def _pair(self) -> tuple[str, Any]:
         return self._string().decode("utf-8", "replace"), self._value(self._scalar("<I"))

@@ -29,6 +29,7 @@ class Model:
         path: the file.
         n_ctx_train: context length the model was trained with, in tokens.
         n_embd: width of its output vectors.
+        n_embd_in: width of the embeddings that it takes in place of token ids.
         n_vocab: number of tokens in the vocabulary.
     """
 
@@ -58,12 +59,13 @@ class Model:
         self._handle: lib.llama_model_p | None = _load(path, n_gpu_layers, abort, progress)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
         self.n_embd: int = lib.llama_model_n_embd_out(self._handle)
+        self.n_embd_in: int = lib.llama_model_n_embd_inp(self._handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self._add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
         if lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             self.close()
             raise ModelLoadError(f"{path} has no vocabulary, so it reads no text")
-        self._strips_accents = self._is_wordpiece and self._asks_for_stripping()
+        self._strips_accents = self.is_wordpiece and self._asks_for_stripping()
         # It comes from the file, and would become the size of an allocation.
         if not 0 < self.n_ctx_train <= MAX_CONTEXT_LENGTH:
             self.close()
@@ -153,7 +155,7 @@ class Model:
         adds_separator = lib.llama_vocab_get_add_sep(vocab)
         closing = [end] if lib.llama_vocab_get_add_eos(vocab) else [separator] * adds_separator
         between = closing
-        if self._is_wordpiece:
+        if self.is_wordpiece:
             between = closing = [separator]  # whatever the metadata say, as llama.cpp does
         elif lib.llama_vocab_get_add_eos(vocab):
             between = closing + [separator] * adds_separator
@@ -165,7 +167,8 @@ class Model:
         return before, middle, after
 
     @property
-    def _is_wordpiece(self) -> bool:
+    def is_wordpiece(self) -> bool:
+        """Whether its vocabulary is of the kind that BERT has."""
         return bool(lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_WPM)
 
     def _asks_for_stripping(self) -> bool:

@@ -15,6 +15,7 @@ from inferpool.engine.abort import AbortToken
 from inferpool.engine.backend import lib
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.model import Model
+from inferpool.engine.token_types import PairEmbedding
 from inferpool.errors import CallCancelled, InferpoolError, ModelError
 
 __all__ = ["Job", "Packer"]
@@ -206,6 +207,10 @@ class Packer:
         """Free the context. Closing twice is harmless."""
         self._context.close()
 
+    def embed_pairs(self, embedding: PairEmbedding) -> None:
+        """Take all sequences for pairs from now on, and give llama.cpp ``embedding`` of them."""
+        self._batch = Batch(self._context.n_batch, embedding)
+
     def submit(self, job: Job) -> None:
         """Queue ``job``; `step` computes it."""
         self._jobs.append(job)
@@ -272,9 +277,9 @@ class Packer:
     def _compute(self, plan: list[tuple[Job, int]]) -> None:
         jobs = list({id(job): job for job, _ in plan}.values())
         self._batch.clear()
-        for sequence, (job, row) in enumerate(plan):
-            self._batch.add(job.tokens(row), sequence=sequence, output=True)
         try:
+            for sequence, (job, row) in enumerate(plan):
+                self._batch.add(job.tokens(row), sequence=sequence, output=True)
             self._context.set_abort(_any_of(jobs))
             self._context.clear()
             self._context.decode(self._batch)

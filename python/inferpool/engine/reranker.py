@@ -10,6 +10,7 @@ from inferpool.engine.backend import lib
 from inferpool.engine.model import Model
 from inferpool.engine.packing import Job, Packer
 from inferpool.engine.pairs import SeparatedPairs, TemplatePairs, Tokens
+from inferpool.engine.token_types import pair_embedding
 from inferpool.errors import ContextLengthExceeded, InvalidRequest, ModelLoadError
 from inferpool.messages import RerankRequest, RerankResult
 
@@ -36,7 +37,8 @@ class Reranker:
             packer: computes the jobs that `job` makes.
 
         Raises:
-            ModelLoadError: if the model is not a reranker, or can't tell pairs apart.
+            ModelLoadError: if the model is not a reranker, or can't tell pairs apart, or query and
+                document.
         """
         if packer.pooling != lib.LLAMA_POOLING_TYPE_RANK:
             raise ModelLoadError(
@@ -53,6 +55,9 @@ class Reranker:
         self._label = _relevance_label(model)
         template = model.rerank_template
         self._pairs = TemplatePairs(model, template) if template else SeparatedPairs(model)
+        embedding = None if template else pair_embedding(model)
+        if embedding is not None:
+            packer.embed_pairs(embedding)
         self.n_ctx = packer.n_ctx
         self._limit = packer.limit
 
