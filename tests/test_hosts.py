@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import children, echo_role, eventually, is_running
 
-from inferpool import CallCancelled, Policy, Pool, PoolClosed, WorkerCrashed, errors
+from inferpool import CallCancelled, Policy, Pool, PoolClosed, Role, WorkerCrashed, errors
+from inferpool.config import SandboxLevel
 from inferpool.models import resolve
 from inferpool.testing import signal_worker
 
@@ -135,6 +137,20 @@ def test_relative_paths_stay_what_they_were_when_the_host_goes_elsewhere(
         pool.chat("hello", max_tokens=1, model="other.gguf")
     assert "(incarnation 3)" in (tmp_path / "logs" / "worker-chat.log").read_text()
     assert os.listdir() == ["other.gguf"]
+
+
+@pytest.mark.parametrize("level", ["basic", "confined"])
+def test_so_do_relative_module_folders(
+    level: SandboxLevel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modules").mkdir()
+    shutil.copy(Path(__file__).with_name("echo_role.py"), tmp_path / "modules" / "moved_role.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["modules", *sys.path])
+    role = Role("moved_role:make_session", "moved_role:HANDLERS", sandbox=level)
+    with Pool(echo=role) as pool:
+        monkeypatch.chdir("/")
+        assert pool.call("echo", "echo", 1) == 1
 
 
 def test_a_host_may_be_in_a_folder_that_was_removed(

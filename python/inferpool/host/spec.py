@@ -90,10 +90,14 @@ class RoleSpec:
         # A role of one's own may be anywhere; the package's own are where the interpreter looks.
         own = role.session.partition(":")[0].startswith("inferpool.")
         folders = [] if own else [entry or "." for entry in _module_path()]
+        start = self.folder or Path()  # where the worker looks for relative ones
         return Sandbox(
             level=role.sandbox,
             # As an import does, and not `Path.exists`, this passes over what may not be looked at.
-            readable=[*map(str, role.readable), *filter(os.path.exists, folders)],
+            readable=[
+                *map(str, role.readable),
+                *(each for each in folders if os.access(start / each, os.F_OK)),
+            ],
             locate="inferpool.models:readable",
             log_path=None if log is None else str(log),
         )
