@@ -664,6 +664,20 @@ def test_no_more_workers_go_than_must_and_the_last_used_stays() -> None:
         assert states == {"first": True, "second": False, "third": True}
 
 
+def test_a_worker_that_a_swap_has_left_with_its_calls_counts_for_the_memory_budget() -> None:
+    with Pool(swapped=echo_role()) as pool:
+        pool.start()
+        size = pool.status()["swapped"].memory
+    with Pool(swapped=echo_role(), idle=echo_role(), memory_budget=int(2.5 * size)) as pool:
+        pool.start()
+        stream = pool.stream("swapped", "count", None)
+        next(stream)
+        pool.configure("swapped", echo_role())
+        pool.call("swapped", "echo")
+        assert pool.status()["idle"].pid is None
+        assert next(stream) == 1
+
+
 def test_a_role_is_given_another_model_while_others_stream() -> None:
     with Pool(echo=echo_role(), other=echo_role()) as pool:
         other = pool.stream("other", "count", 20_000)

@@ -188,6 +188,11 @@ class Supervisor:
         """The workers that take calls."""
         return [each for each in self._places if each is not None and not each.ended]
 
+    def staying(self) -> list[Incarnation]:
+        """The workers that have not been told to end, those that take no more calls too."""
+        members = list(self._members)
+        return [each for each in members if not (each.ended or each.asked_to_end)]
+
     def replace(self, incarnation: Incarnation) -> None:
         """Note that a worker has ended."""
         with self._lock:
@@ -394,7 +399,7 @@ class MemoryBudget:
         everybody = [
             (each.last_used, resident_bytes(each.pid) or 0, supervisor, each)
             for supervisor in self._supervisors.values()
-            for each in supervisor.living()
+            for each in supervisor.staying()
         ]
         over = sum(memory for _, memory, _, _ in everybody) + needed - self._limit
         for _, memory, supervisor, each in sorted(everybody, key=lambda entry: entry[0]):
