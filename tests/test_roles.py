@@ -100,6 +100,20 @@ def test_texts_of_a_numpy_array_are_texts(models: Pool, rerank: Pool) -> None:
     assert rerank.rerank(texts[0], texts) == rerank.rerank("bees", ["bees", "honey"])
 
 
+def test_texts_of_a_subclass_of_str_make_a_conversation(models: Pool) -> None:
+    text = np.array(["bees"])[0]
+    answer = models.chat(str(text), max_tokens=1, temperature=0).text
+    parts = [{"type": "text", "text": text, "cache_control": None}]
+    for messages in (
+        text,
+        [{"role": "user", "content": text}],
+        [{"role": "user", "content": parts}],
+    ):
+        assert models.chat(messages, max_tokens=1, temperature=0, stop=text).text == answer
+    assert models.chat.complete(text, max_tokens=1).text
+    assert models.embed(["bees"], prompt_name=np.array(["query"])[0]).shape == (1, 384)
+
+
 @pytest.mark.parametrize("texts", ["a str", [1], None, [b"bytes"]])
 def test_texts_of_the_wrong_type_are_refused(models: Pool, texts: object) -> None:
     with pytest.raises(TypeError):

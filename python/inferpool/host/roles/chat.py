@@ -11,6 +11,7 @@ import msgspec
 from inferpool.host.calls import Driver, Naming, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.roles.naming import ModelOption, naming
+from inferpool.host.roles.texts import plain
 from inferpool.host.stream import AsyncStream, Stream
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import ChatDelta, ChatMessage, ChatRequest, ChatResult, Priority, read
@@ -248,7 +249,7 @@ def read_given(options: Mapping[str, Any], message: type[T]) -> T:
         TypeError, ValueError: as `read`.
     """
     fields = {
-        name: value
+        name: plain(value)
         for name, value in options.items()
         # An option that is unknown is refused whatever it is.
         if value is not None or name not in message.__struct_fields__
@@ -256,13 +257,18 @@ def read_given(options: Mapping[str, Any], message: type[T]) -> T:
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     if isinstance(fields.get("messages"), Sequence):
-        fields["messages"] = [
-            {name: value for name, value in turn.items() if value is not None}
-            if isinstance(turn, Mapping)
-            else turn
-            for turn in fields["messages"]
-        ]
+        fields["messages"] = turns = [_given_in(turn) for turn in fields["messages"]]
+        for turn in turns:
+            if isinstance(turn, dict) and isinstance(turn.get("content"), list | tuple):
+                turn["content"] = [_given_in(part) for part in turn["content"]]
     return read(fields, message)
+
+
+def _given_in(value: Any) -> Any:
+    """A mapping without what is None, and with texts as `plain` has them. Others as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: plain(each) for name, each in value.items() if each is not None}
 
 
 def _chat_request(messages: Messages, options: ChatOptions) -> ChatRequest | Naming:

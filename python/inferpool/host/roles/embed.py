@@ -11,7 +11,7 @@ from inferpool.errors import ProtocolError
 from inferpool.host.calls import Driver, Naming, Steps, call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.roles.naming import ModelOption, naming
-from inferpool.host.roles.texts import plain_texts
+from inferpool.host.roles.texts import plain, plain_texts
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import EmbedRequest, Priority, read
 
@@ -128,6 +128,7 @@ def _request(
     texts: Sequence[str], prompt_name: str | None, options: EmbedOptions
 ) -> EmbedRequest | Naming:
     model = options.pop("model", None)
+    prompt_name = plain(prompt_name)
     fields = {"texts": plain_texts("texts", texts), "prompt_name": prompt_name, **options}
     return naming(model, read(fields, EmbedRequest))
 
