@@ -197,6 +197,12 @@ def test_a_stream_keeps_what_came_before_its_timeout(pool: Pool) -> None:
         next(stream)
 
 
+def test_an_error_of_a_stream_is_not_told_to_come_of_another(pool: Pool) -> None:
+    with pytest.raises(RemoteError) as caught:
+        next(pool.stream("echo", "no such kind"))
+    assert caught.value.__context__ is None
+
+
 def test_a_call_is_cancelled_from_another_thread(pool: Pool) -> None:
     pool.start()
     caught: list[BaseException] = []

@@ -46,7 +46,8 @@ class Stream(Iterator[T], Generic[T]):
         try:
             return self._ready.popleft()
         except IndexError:
-            return self._wait()
+            pass  # and wait out here: what is raised meanwhile has nothing to do with it
+        return self._wait()
 
     def _wait(self) -> T:
         with self._lock:  # threads that share a stream share its items
