@@ -549,6 +549,13 @@ def test_paths_may_be_of_any_type_but_one_is_no_sequence() -> None:
         Role("a:b", "c:d", readable="/folder")
 
 
+@pytest.mark.parametrize("value", [1.0, True, np.int64(1)])
+@pytest.mark.parametrize("option", ["replicas", "retry", "n_batch"])
+def test_a_config_names_what_is_no_int(option: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be an int, not "):
+        EmbedConfig("minilm", **{option: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("option", ["start_timeout", "stuck_after", "max_crashes", "max_queue"])
 def test_a_policy_names_what_is_of_the_wrong_type(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option} must be an? (number|int), not str"):

@@ -50,11 +50,9 @@ _MAX_THREADS = 512
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:
-    try:
-        fits = least <= value <= most
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
-    if not fits:
+    if type(value) is not int:  # nor a bool; none but it travels to a worker
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not least <= value <= most:
         raise ValueError(f"{name} must be between {least} and {most}, not {value}")
 
 
