@@ -556,6 +556,12 @@ def test_a_config_names_what_is_no_int(option: str, value: object) -> None:
         EmbedConfig("minilm", **{option: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("make", [partial(Pool, embed="minilm"), partial(EmbedConfig, "minilm")])
+def test_a_policy_is_no_dict(make: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match="policy must be a Policy, not dict"):
+        make(policy={"max_queue": 3})
+
+
 @pytest.mark.parametrize("option", ["start_timeout", "stuck_after", "max_crashes", "max_queue"])
 def test_a_policy_names_what_is_of_the_wrong_type(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option} must be an? (number|int), not str"):

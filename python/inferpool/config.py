@@ -106,6 +106,11 @@ class Policy:
             _check_range("max_queue", self.max_queue, 1, 1 << 16)
 
 
+def _check_policy(policy: object) -> None:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy, not {type(policy).__name__}")
+
+
 def _check_seconds(name: str, value: float) -> None:
     try:
         fits = value >= 0  # which NaN is not
@@ -140,6 +145,8 @@ class Hosting:
     replica, such as ``[{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]``."""
 
     def __post_init__(self) -> None:
+        if self.policy is not None:
+            _check_policy(self.policy)
         for option in fields(self):
             value = getattr(self, option.name)
             is_left_open = value is None and option.default is None
@@ -291,6 +298,7 @@ class PoolOptions:
     wait: str
 
     def __post_init__(self) -> None:
+        _check_policy(self.policy)
         if self.wait not in {"adaptive", "park"}:
             raise ValueError(f"wait must be 'adaptive' or 'park', not {self.wait!r}")
         if self.log_level not in logging.getLevelNamesMapping():
