@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 
 from inferpool import ChatConfig, ContextLengthExceeded, InvalidRequest, ModelError, Pool
@@ -74,6 +75,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "out of range": ("hi", {"top_p": 2.0}, ValueError, "top_p"),
     "not a number": ("hi", {"temperature": float("nan")}, ValueError, "temperature"),
     "banned nobody": ("hi", {"logit_bias": {1 << 30: 1.0}}, InvalidRequest, "vocabulary"),
+    "banned by an array": ("hi", {"logit_bias": np.zeros(3)}, TypeError, "ChatRequest"),
     "broken grammar": ("hi", {"grammar": "root ::= ("}, InvalidRequest, "grammar"),
     "endless grammar": ("hi", {"grammar": "root ::= root"}, InvalidRequest, "recursion"),
     "deep grammar": ("hi", {"grammar": "root ::= " + "(" * 99_999}, InvalidRequest, "deeper"),

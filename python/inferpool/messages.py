@@ -101,6 +101,8 @@ def read(fields: Any, message: type[_T]) -> _T:
     try:
         # Bytes come as bytes, never as text in base64.
         return msgspec.convert(fields, message, builtin_types=(bytes,))
+    except AttributeError as error:  # numpy's objects pass for mappings, and have no keys
+        raise TypeError(f"{message.__name__}: {error}") from error
     except msgspec.ValidationError as error:
         # "Expected `int`, got `str` - at `$.seed`", where $ is the whole message.
         text = f"{message.__name__}: {error}".replace("`$.", "`").replace(" - at `$`", "")
