@@ -38,6 +38,7 @@ from inferpool import (
     WorkerCrashed,
 )
 from inferpool._transport import HostChannel
+from inferpool.host.drive import ThreadDriver
 from inferpool.testing import scripted_embed
 
 
@@ -218,6 +219,23 @@ def test_a_call_is_cancelled_from_another_thread(pool: Pool) -> None:
     assert eventually(lambda: pool.cancel("echo") == 1)
     thread.join(10)
     assert len(caught) == 1
+    assert pool.call("echo", "echo", 1) == 1
+
+
+def test_a_call_that_is_about_to_be_opened_is_cancelled(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.start()
+    counts: list[int] = []
+
+    def cancel(driver: ThreadDriver, incarnation: object) -> None:
+        counts.append(pool.cancel("echo"))
+
+    monkeypatch.setattr(ThreadDriver, "notifier", cancel)
+    with pytest.raises(CallCancelled):
+        pool.stream("echo", "wait_for_abort", timeout=10)
+    assert counts == [1]
+    monkeypatch.undo()
     assert pool.call("echo", "echo", 1) == 1
 
 

@@ -198,7 +198,7 @@ def open_call(
     replaced = 0
     while True:
         opened = yield from _begin(supervisor, driver, kind, parts, deadline, model=model)
-        if opened.call.sent:
+        if opened.call.sent and not opened.flight.cancelled:
             return opened
         incarnation = opened.incarnation
         try:
@@ -249,7 +249,6 @@ def _begin(
 def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
     """Wait until all of a request is out."""
     supervisor, incarnation = opened.supervisor, opened.incarnation
-    cancels = supervisor.cancels
     until = time.monotonic() + QUEUE_SECONDS
     while True:
         # While it loads it reads none, for as long as `Policy.start_timeout` says.
@@ -268,7 +267,8 @@ def _sent(opened: OpenCall, deadline: Deadline) -> Steps[None]:
                     f"role {supervisor.spec.name!r} took no request for {QUEUE_SECONDS:g} s"
                 ) from None
         # As long as it had no slot, nobody could cancel it there.
-        supervisor.check_cancelled(cancels)
+        if opened.flight.cancelled:
+            raise CallCancelled("the call was cancelled")
         if opened.call.sent:
             return
 

@@ -14,9 +14,13 @@ __all__ = ["Flight", "digest"]
 
 
 class Flight:
-    """One call from before it is sent until its worker is done with it."""
+    """One call from before it is sent until its worker is done with it.
 
-    __slots__ = ("began", "call", "given_up_at", "kind", "ladder", "parts")
+    Attributes:
+        cancelled: whether all of its worker's calls were cancelled since it began.
+    """
+
+    __slots__ = ("began", "call", "cancelled", "given_up_at", "kind", "ladder", "parts")
 
     def __init__(self, kind: str, parts: Parts) -> None:
         # Apart, since an exception may keep it for long.
@@ -25,6 +29,7 @@ class Flight:
         self.parts = parts
         self.began = time.monotonic()
         self.call: Call | None = None
+        self.cancelled = False
         self.given_up_at: float | None = None
 
     def taken(self) -> bool:

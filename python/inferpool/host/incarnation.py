@@ -194,12 +194,16 @@ class Incarnation:
     def cancel_all(self) -> int:
         """Cancel the calls in flight, and say how many those were.
 
-        Those that wait for a slot look for themselves, see `Supervisor.cancels`.
+        Those that have no slot yet look for themselves, see `Flight.cancelled`.
         """
         count = self.in_flight()
+        flights = list(self.flights)
+        for flight in flights:
+            flight.cancelled = True
+        # Last: a call that did not see that any more has its slot by now.
         for id in self._ids():
             self.channel.cancel(id)
-        for flight in list(self.flights):
+        for flight in flights:
             self.give_up(flight)
         return count
 
