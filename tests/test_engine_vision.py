@@ -176,6 +176,14 @@ def test_a_turned_photo_may_have_exif_data_that_cannot_be_written() -> None:
     assert decode_image(photo, "image").shape == (40, 20, 3)
 
 
+@pytest.mark.parametrize("layout", ["PNG", "JPEG", "WEBP"])
+def test_broken_exif_data_leave_an_image_what_it_is(layout: str) -> None:
+    image = encoded(pixels(1), layout, exif=b"Exif\0\0neither II nor MM")
+    np.testing.assert_array_equal(
+        decode_image(image, "image"), np.asarray(Image.open(io.BytesIO(image)))
+    )
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -110,6 +110,13 @@ def test_a_pil_image_may_have_exif_data_that_cannot_be_written(
     np.testing.assert_array_equal(shown, decode_image(file.getvalue(), "image"))
 
 
+def test_a_pil_image_may_have_exif_data_that_cannot_be_read() -> None:
+    file = io.BytesIO()
+    IMAGE.save(file, "PNG", exif=b"Exif\0\0neither II nor MM")
+    with Image.open(file) as image:
+        np.testing.assert_array_equal(decode_image(_image(image), "image"), ARRAY)
+
+
 def test_a_pil_image_may_have_a_large_colour_profile() -> None:
     image = IMAGE.copy()
     image.info["icc_profile"] = bytes(2 << 20)

@@ -92,7 +92,10 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _to_rgb(opened: Image.Image) -> Pixels:
     # Pillow's own function writes the EXIF data anew, which fails for some that it reads.
-    turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+    try:
+        turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  # broken data of this kind leave the pixels whole
+        turn = None
     upright = opened if turn is None else opened.transpose(turn)
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))

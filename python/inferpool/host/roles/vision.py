@@ -243,7 +243,10 @@ def _image(image: Any) -> bytes | np.ndarray:
 def _file(image: Image.Image, exif: Image.Exif) -> bytes:
     """A PIL image as PNG, in its own colours and the way it was taken."""
     # What else is known of it matters to nobody, and what was read can't always be written.
-    orientation = image.getexif().get(_ORIENTATION)
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001  # as in the worker
+        orientation = None
     if orientation in range(1, 9):
         exif[_ORIENTATION] = orientation
     if image.mode.startswith("I"):  # grey, of which a PNG takes 16 bits
