@@ -95,13 +95,14 @@ def test_16_bits_of_grey_are_not_cut_off(mode: str) -> None:
     [
         (0x0112, 2, b"6\0\0\0"),  # an orientation in words
         (0x0112, 9, b"\xff\xff\xff\xff"),  # or -1
+        (0x0112, 11, struct.pack("<f", 6)),  # or with a decimal point
         (0x011A, 7, b"high"),  # a resolution in words
     ],
 )
 def test_a_pil_image_may_have_exif_data_that_cannot_be_written(
     tag: int, kind: int, value: bytes
 ) -> None:
-    entry = struct.pack("<HHI", tag, kind, len(value) if kind != 9 else 1) + value
+    entry = struct.pack("<HHI", tag, kind, len(value) if kind not in {9, 11} else 1) + value
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
     file = io.BytesIO()
     IMAGE.convert("RGB").save(file, "JPEG", exif=exif)

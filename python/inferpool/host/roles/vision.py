@@ -244,11 +244,11 @@ def _file(image: Image.Image, exif: Image.Exif) -> bytes:
     """A PIL image as PNG, in its own colours and the way it was taken."""
     # What else is known of it matters to nobody, and what was read can't always be written.
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(_ORIENTATION, 0)
     except Exception:  # noqa: BLE001  # as in the worker
-        orientation = None
+        orientation = 0
     if orientation in range(1, 9):
-        exif[_ORIENTATION] = orientation
+        exif[_ORIENTATION] = int(orientation)  # it may be a fraction
     if image.mode.startswith("I"):  # grey, of which a PNG takes 16 bits
         image = image.convert("I").convert("I;16")
     elif image.mode not in _PNG_MODES:
