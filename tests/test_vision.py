@@ -90,6 +90,12 @@ def test_16_bits_of_grey_are_not_cut_off(mode: str) -> None:
     assert decode_image(_image(image), "image")[0, :, 0].tolist() == [156, 0]
 
 
+@pytest.mark.parametrize("mode", ["La", "PA", "RGBa"])
+def test_what_is_transparent_is_white_in_any_mode(mode: str) -> None:
+    image = Image.frombytes(mode, (2, 1), bytes(2 * len(Image.new(mode, (1, 1)).tobytes())))
+    np.testing.assert_array_equal(decode_image(_image(image), "image"), 255)
+
+
 @pytest.mark.parametrize(
     ("tag", "kind", "value"),
     [

@@ -52,6 +52,8 @@ class PdfOptions(Sampling, total=False):
 
 
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+# What becomes of other modes that have transparency; those without become RGB.
+_PNG_MODE_OF = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 _ORIENTATION = 0x0112  # of EXIF
 _PDF_OPTIONS = frozenset(PdfOptions.__annotations__) - frozenset(Sampling.__annotations__)
 
@@ -252,7 +254,7 @@ def _file(image: Image.Image, exif: Image.Exif) -> bytes:
     if image.mode.startswith("I"):  # grey, of which a PNG takes 16 bits
         image = image.convert("I").convert("I;16")
     elif image.mode not in _PNG_MODES:
-        image = image.convert("RGB")
+        image = image.convert(_PNG_MODE_OF.get(image.mode, "RGB"))
     file = io.BytesIO()
     image.save(file, "PNG", exif=exif, icc_profile=None)
     return file.getvalue()
