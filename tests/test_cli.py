@@ -241,6 +241,12 @@ def test_embed_through_pipes() -> None:
     assert ESCAPE not in result.stderr
 
 
+def test_embed_to_a_pipe_that_has_a_name() -> None:
+    result = run("embed", "--output", "/dev/stdout", "--format", "npy", data=b"a line\n")
+    assert result.returncode == 0, result.stderr
+    assert np.load(io.BytesIO(result.stdout)).shape == (1, 384)
+
+
 def test_embed_nothing() -> None:
     assert run("embed").stdout == b""
     result = run("embed", "--format", "npy")

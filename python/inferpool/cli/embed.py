@@ -212,11 +212,13 @@ def _opened(output: str) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path = Path(output).resolve()
-    if path.exists() and not path.is_file():  # a device or a named pipe
+    path = Path(output)
+    # A device or a pipe; /dev/stdout and its like can be opened, but what they resolve to can't.
+    if path.exists() and not path.is_file():
         with path.open("wb") as stream:
             yield stream
         return
+    path = path.resolve()
     partial = path.with_name(f"{path.name}.part")
     try:
         with partial.open("wb") as stream:
