@@ -233,7 +233,7 @@ def test_embed_npy_and_jsonl_say_the_same(tmp_path: Path) -> None:
 
 
 def test_embed_through_pipes() -> None:
-    result = run("embed", "--no-normalize", data=b"bees dance\n")
+    result = run("embed", "--no-normalize", "--batch-size", str(10**20), data=b"bees dance\n")
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout)
     assert row["text"] == "bees dance"

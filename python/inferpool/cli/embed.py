@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
@@ -152,10 +151,9 @@ def _embed_all(
             progress.advance(task, len(batch))
 
 
-def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
-    rest = iter(lines)
-    while batch := list(islice(rest, size)):
-        yield batch
+def _batches(lines: Sequence[Line], size: int) -> Iterator[Sequence[Line]]:
+    for start in range(0, len(lines), size):
+        yield lines[start : start + size]
 
 
 def _count(lines: int) -> str:
