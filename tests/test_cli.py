@@ -314,6 +314,23 @@ def test_chat_through_pipes(tmp_path: Path) -> None:
     assert run("chat", *arguments, data=prompts).stdout == result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "message"),
+    [
+        ([], b"\0", b"holds a NUL character"),
+        (["--temperature", "nan"], b"Hi", b"temperature must be between"),
+        (["--max-tokens", str(10**20)], b"Hi", b"payload cannot be encoded"),
+    ],
+)
+def test_what_the_role_refuses_ends_one_answer_and_not_the_chat(
+    arguments: list[str], prompt: bytes, message: bytes
+) -> None:
+    result = run("chat", *arguments, data=prompt + b"\n" + prompt)
+    assert result.returncode == 1
+    assert result.stderr.count(b"\nerror: ") == result.stderr.count(message) == 2
+    assert b"Traceback" not in result.stderr
+
+
 def test_closed_standard_streams_lead_nowhere() -> None:
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     with running(*closed, *CLI, "chat") as process:

@@ -151,7 +151,7 @@ def _converse(conversation: Conversation, interactive: bool) -> bool:
         elif prompt:
             try:
                 _answer(conversation, prompt)
-            except InferpoolError as error:
+            except (InferpoolError, ValueError) as error:  # a value may be out of range
                 report(error)
                 failed = not interactive
             except KeyboardInterrupt:
