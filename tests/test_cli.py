@@ -179,6 +179,14 @@ def test_an_unknown_model_is_an_error_and_a_hint(command: str) -> None:
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--model", "--log-dir"])
+def test_a_name_that_is_not_utf_8_is_an_error(option: str, tmp_path: Path) -> None:
+    result = run("chat", option, os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    assert result.returncode == 1
+    assert b"\nerror: cannot start a worker for role 'chat': 'utf-8' codec" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
 def test_demo_without_its_models_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     result = invoke("demo")

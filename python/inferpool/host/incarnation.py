@@ -121,7 +121,7 @@ class Incarnation:
                         wait=spec.options.wait,
                     )
                     self._process = self._spawn()
-            except (OSError, MemoryError) as error:
+            except (OSError, MemoryError, UnicodeEncodeError) as error:  # a path may be no UTF-8
                 raise WorkerStartError(
                     f"cannot start a worker for role {spec.name!r}: {error}",
                     role=spec.name,
