@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from inferpool.cli import main, system
 from inferpool.cli.chat import Conversation, _answer
-from inferpool.cli.console import duration, explain, printable
+from inferpool.cli.console import Failure, duration, explain, printable
 from inferpool.errors import ContextLengthExceeded, WorkerCrashed
 from inferpool.messages import ChatDelta
 
@@ -482,6 +482,7 @@ def test_errors_are_told_in_a_line_with_their_hints() -> None:
     message, hints = explain(crash)
     assert message == "WorkerCrashed: died: SIGKILL"
     assert len(hints) == 1
+    assert explain(Failure("odd\x1b[31m", "even")) == ("odd\ufffd[31m", ["even"])
     assert explain(ValueError("odd\x1b[31m. hint: even")) == ("odd\ufffd[31m.", ["even"])
 
 

@@ -141,7 +141,7 @@ def report(error: Exception) -> None:
 def explain(error: Exception) -> tuple[str, list[str]]:
     """The message of an error in one line, and its hints."""
     if isinstance(error, Failure):
-        return error.message, list(error.hints)
+        return printable(error.message), list(error.hints)
     message = str(error).partition("\n--- last log lines ---\n")[0]
     message, _, hint = message.partition(_HINT)
     hints = [hint.strip()] if hint else []
