@@ -486,6 +486,11 @@ def test_errors_are_told_in_a_line_with_their_hints() -> None:
     assert explain(ValueError("odd\x1b[31m. hint: even")) == ("odd\ufffd[31m.", ["even"])
 
 
+def test_a_terminal_without_columns_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "error: 'nope' is neither" in invoke("chat", "--model", "nope").stderr
+
+
 def test_small_words() -> None:
     assert printable("a\tb\n\x07\x9b") == "a\tb\n\ufffd\ufffd"
     assert (duration(0.0031), duration(1.234)) == ("3.1 ms", "1.23 s")

@@ -115,7 +115,10 @@ def console(*, stderr: bool = True) -> Console:
     }
     out = Console(**options)
     # NO_COLOR leaves bold and dim in rich; who sets it wants plain text.
-    return Console(**options, color_system=None) if out.no_color else out
+    out = Console(**options, color_system=None) if out.no_color else out
+    if not out.width:  # COLUMNS=0, with which rich writes nothing at all
+        out.width = 80
+    return out
 
 
 def note(text: str) -> None:
