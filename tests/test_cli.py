@@ -255,6 +255,14 @@ def test_embed_to_a_pipe_that_has_a_name() -> None:
     assert np.load(io.BytesIO(result.stdout)).shape == (1, 384)
 
 
+def test_embed_to_a_private_file_keeps_it_private(tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+    out.touch(0o600)
+    assert run("embed", "--output", str(out), data=b"a line\n").returncode == 0
+    assert out.stat().st_size > 0
+    assert out.stat().st_mode & 0o777 == 0o600
+
+
 def test_embed_nothing() -> None:
     assert run("embed").stdout == b""
     result = run("embed", "--format", "npy")

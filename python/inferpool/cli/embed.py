@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -220,6 +221,8 @@ def _opened(output: str) -> Iterator[IO[bytes]]:
     partial = path.with_name(f"{path.name}.part")
     try:
         with partial.open("wb") as stream:
+            if path.exists():  # who may read it stays the same
+                shutil.copymode(path, partial)
             yield stream
         partial.replace(path)
     finally:
