@@ -200,7 +200,8 @@ class EmbedConfig(_LlamaConfig):
     """Prefixes by the name of what a text is (``"query"``, ``"document"``), besides or in place of
     those that are known for the model."""
     retry: int = 0
-    """How often a call whose worker ended is made again before its caller learns of it."""
+    """How often a call whose worker ended is made again before its caller learns of it. One whose
+    worker ended while it started is not."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,8 @@ class Role(Hosting):
     """Above ``"basic"``: models by name, files and folders to read, beside ``sys.path``."""
     retry: int = field(default=0, kw_only=True)
     """How often a call (not a stream) whose worker ended is made again before its caller learns
-    of it. Only for a role whose calls may be served twice."""
+    of it. Only for a role whose calls may be served twice. One whose worker ended while it started
+    is not made again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
