@@ -6,6 +6,7 @@ import asyncio
 import io
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,30 @@ def test_a_stream_may_be_closed_while_its_files_are_read(
 
     asyncio.run(main())
     assert pool.status()["vision"].in_flight == 0
+
+
+def test_a_timeout_is_for_reading_the_files_too(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: go_on.wait(10) and PNG)
+
+    async def main() -> None:
+        vision = pool.as_async().vision
+        try:
+            for call in (
+                vision("image.png", "What?", timeout=0.1),
+                anext(vision.stream("image.png", "What?", timeout=0.1)),
+                anext(vision.pdf("pages.pdf", "What?", timeout=0.1)),
+            ):
+                began = time.monotonic()
+                with pytest.raises(CallTimeout, match=r"within 0\.1 s"):
+                    await call
+                assert time.monotonic() - began < 5
+        finally:
+            go_on.set()
+
+    asyncio.run(main())
 
 
 def test_a_projector_of_another_width(tmp_path: Path) -> None:

@@ -394,12 +394,16 @@ def call(
     driver: Driver,
     kind: str,
     payload: Any,
-    timeout: float | None,
+    timeout: float | Deadline | None,
     *,
     opened: OpenCall | None = None,
 ) -> Steps[Any]:
     """Make a call whose answer is one item, or none, which gives None; or go on with `opened`."""
-    deadline = Deadline(timeout, None if opened is None else opened.flight.began)
+    deadline = (
+        timeout
+        if isinstance(timeout, Deadline)
+        else Deadline(timeout, None if opened is None else opened.flight.began)
+    )
     for retries in range(supervisor.spec.role.retry, -1, -1):
         try:
             if opened is None:

@@ -15,7 +15,7 @@ from inferpool.errors import CallCancelled
 from inferpool.host.calls import Deadline, OpenCall, Steps, next_item, ready_items
 from inferpool.host.drive import LoopDriver, ThreadDriver
 
-__all__ = ["AsyncStream", "Stream"]
+__all__ = ["AsyncStream", "Stream", "read_beside"]
 
 BREATH_SECONDS = 0.001
 """How long items that are there at once may keep an event loop from all else."""
@@ -185,7 +185,7 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         try:
             opening = self._opening
             if self._reading is not None:
-                opening = partial(opening, await asyncio.to_thread(self._reading))
+                opening = partial(opening, await read_beside(self._reading, deadline))
             return await self._driver.run(opening(deadline))
         except asyncio.CancelledError:
             # Who cancels the task as well wants more than an end of this call.
@@ -230,3 +230,18 @@ class AsyncStream(AsyncIterator[T], Generic[T]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+async def read_beside(reading: Callable[[], Any], deadline: Deadline) -> Any:
+    """What ``reading`` returns, in a thread beside the loop; nobody waits for it longer than asked.
+
+    Raises:
+        CallTimeout: it took too long. The thread goes on, since nothing can stop it.
+    """
+    try:
+        async with asyncio.timeout(deadline.left()) as limit:
+            return await asyncio.to_thread(reading)
+    except TimeoutError:  # which a file system may raise, too
+        if limit.expired():
+            raise deadline.error() from None
+        raise

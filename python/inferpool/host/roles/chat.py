@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, Unpack
 
 import msgspec
 
-from inferpool.host.calls import Driver, Naming, Steps, call, open_call
+from inferpool.host.calls import Deadline, Driver, Naming, Steps, call, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.roles.naming import ModelOption, naming
 from inferpool.host.roles.texts import plain
@@ -282,7 +282,11 @@ def _completion_request(prompt: str, options: CompletionOptions) -> ChatRequest 
 
 
 def ask(
-    supervisor: Supervisor, driver: Driver, kind: str, request: Any, timeout: float | None
+    supervisor: Supervisor,
+    driver: Driver,
+    kind: str,
+    request: Any,
+    timeout: float | Deadline | None,
 ) -> Steps[ChatResult]:
     """Make a call of this kind whose answer is a `ChatResult`."""
     payload = yield from call(supervisor, driver, kind, request, timeout)

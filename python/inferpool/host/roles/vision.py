@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import os
 import sys
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import numpy as np
 
-from inferpool.host.calls import Naming, open_call
+from inferpool.host.calls import Deadline, Naming, open_call
 from inferpool.host.drive import LoopDriver, ThreadDriver
 from inferpool.host.roles.chat import Messages, Sampling, as_deltas, as_turns, ask, read_given
 from inferpool.host.roles.naming import naming
-from inferpool.host.stream import AsyncStream, Stream
+from inferpool.host.stream import AsyncStream, Stream, read_beside
 from inferpool.host.supervisor import Supervisor
 from inferpool.messages import (
     ChatDelta,
@@ -152,9 +151,10 @@ class AsyncVision:
         **options: Unpack[Sampling],
     ) -> ChatResult:
         """As `Vision.__call__`."""
-        request = await asyncio.to_thread(_request(image, prompt, options))
+        deadline = Deadline(timeout)
+        request = await read_beside(_request(image, prompt, options), deadline)
         return await self._driver.run(
-            ask(self._supervisor, self._driver, "vision", request, timeout)
+            ask(self._supervisor, self._driver, "vision", request, deadline)
         )
 
     def stream(
