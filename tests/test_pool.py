@@ -306,23 +306,28 @@ def test_a_stream_is_cancelled_while_another_thread_leads(pool: Pool) -> None:
     assert pool.call("echo", "echo", 1) == 1
 
 
-def test_closing_a_stream_from_another_thread_wakes_whoever_iterates(pool: Pool) -> None:
-    stream = pool.stream("echo", "wait_for_abort")
-    next(stream)
-    outcome: list[type[BaseException]] = []
+@pytest.mark.parametrize(("kind", "payload"), [("wait_for_abort", None), ("flood", 3900)])
+def test_closing_a_stream_from_another_thread_ends_the_iteration(
+    pool: Pool, kind: str, payload: int | None
+) -> None:
+    for _ in range(20):
+        stream = pool.stream("echo", kind, payload)
+        next(stream)
+        errors: list[BaseException] = []
 
-    def wait() -> None:
-        try:
-            next(stream)
-        except (CallCancelled, StopIteration) as error:
-            outcome.append(type(error))
+        def iterate(stream: Stream[Any] = stream, errors: list[BaseException] = errors) -> None:
+            try:
+                for _ in stream:
+                    pass
+            except BaseException as error:  # noqa: BLE001
+                errors.append(error)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    time.sleep(0.05)
-    stream.close()
-    thread.join(10)
-    assert outcome in ([CallCancelled], [StopIteration])
+        thread = threading.Thread(target=iterate)
+        thread.start()
+        time.sleep(0.01)
+        stream.close()
+        thread.join(10)
+        assert (errors, thread.is_alive()) == ([], False)
     assert pool.call("echo", "echo", 1) == 1
 
 

@@ -60,8 +60,11 @@ class Stream(Iterator[T], Generic[T]):
                 if items is None:
                     raise StopIteration
                 first, *others = self._convert(items)
-            except BaseException:
+            except BaseException as error:
+                ended = self._ended.is_set() and isinstance(error, Exception)
                 self.close()
+                if ended:  # by another thread, while this one waited
+                    raise StopIteration from None
                 raise
             self._ready.extend(others)
             if self._ended.is_set():  # meanwhile, by another thread
