@@ -270,7 +270,8 @@ def test_a_request_that_its_worker_let_go_of_is_not_blamed_for_a_later_crash() -
             pid = pool.status()["echo"].pid
             assert pid is not None
             stream.close()
-            time.sleep(0.2)  # for the worker to let go; nobody here looks whether it has
+            # Seen past the incarnation, which nobody asks whether the worker has let go.
+            assert eventually(stream._opened.call.is_over)
             os.kill(pid, signal.SIGSEGV)
             assert eventually(lambda: pool.status()["echo"].state == "dead")
             assert str(pool.status()["echo"].last_exit).endswith("ended: SIGSEGV")
@@ -517,7 +518,7 @@ def test_a_clean_end_is_in_the_log_too(tmp_path: Path) -> None:
         stream = pool.stream("echo", "wait_for_abort")
         next(stream)
         stream.close()
-        time.sleep(0.2)  # for the worker to let go of it
+        assert eventually(stream._opened.call.is_over)
     last = (tmp_path / "worker-echo.log").read_text().splitlines()[-1]
     assert last.endswith("(incarnation 1) ended: exit code 0; closed")
 
