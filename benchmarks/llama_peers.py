@@ -79,14 +79,19 @@ class Server:
                     return
 
 
+def _backend() -> Any:
+    """Our module for the library, which reads the settings of OpenMP while it loads."""
+    os.environ.update(worker_environment({}))
+    from inferpool.engine import backend
+
+    return backend
+
+
 @contextmanager
 def llama(model: str, **options: Any) -> Iterator[Any]:
     """A ``llama_cpp.Llama`` in this process."""
-    # Before the library loads, which reads them then.
-    os.environ.update(worker_environment({}))
+    backend = _backend()
     from llama_cpp import Llama
-
-    from inferpool.engine import backend
 
     # The peer gets past what is broken in the library as our workers do.
     params = backend.model_params()
@@ -110,6 +115,8 @@ def llama_server(model: str, options: str) -> Iterator[Server | None]:
         port = free.getsockname()[1]
     command = [binary, "--model", str(resolve(model)), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--threads", str(THREADS), *options.split()]
+    if not _backend().may_repack(Path(binary).parent):
+        command.append("--no-repack")
     process = subprocess.Popen(
         command,
         # Its libraries lie beside it.

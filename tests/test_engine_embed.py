@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import re
 import shutil
+import subprocess
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -639,6 +641,58 @@ def test_missing_and_changed_symbols_are_named() -> None:
     assert "llama_free takes 2 arguments instead of 1" in problems
     assert "llama_decode is missing" in problems
     assert not backend.missing_symbols(backend.lib, backend._REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("comments", "expected"),
+    [
+        ([b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0"], False),
+        ([b"GCC: (GNU) 12.4.0"], True),
+        ([b"GCC: (Ubuntu 13.2.0-23ubuntu4) 13.2.0"], False),
+        ([b"GCC: (Ubuntu 13.3.0-6ubuntu2~24.04) 13.3.0"], True),
+        ([b"GCC: (GNU) 8.5.0 20210514 (Red Hat 8.5.0-22)\0GCC: (GNU) 14.2.1 20250110"], True),
+        ([b"GCC: (Debian 12.2.0-14) 12.2.0\0Debian clang version 14.0.6"], True),
+        ([b"GCC: (GNU) 15.1.0", b"GCC: (GNU) 11.4.0"], False),
+        ([b"no word of a compiler"], False),
+        ([], False),
+    ],
+)
+def test_weights_are_repacked_for_amx_if_the_compiler_was_sound(
+    comments: list[bytes], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, comment in enumerate(comments):
+        (tmp_path / f"libggml-cpu-{number}.so").write_bytes(b"\x7fELF" + comment + b"\0.comment")
+    monkeypatch.setattr(backend.lib, "llama_print_system_info", lambda: b"AVX = 1 | AMX_INT8 = 1 |")
+    assert backend.may_repack(tmp_path) is expected
+    monkeypatch.setattr(backend.lib, "llama_print_system_info", lambda: b"AVX = 1 | AVX2 = 1 |")
+    assert backend.may_repack(tmp_path)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is Intel's")
+def test_the_header_of_the_build_makes_the_tile_configuration_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "load.cpp"
+    source.write_text(
+        "#include <immintrin.h>\n"
+        "void load(unsigned char rows) {\n"
+        "    alignas(64) unsigned char configuration[64] = {1};\n"
+        "    configuration[55] = rows;\n"
+        "    _tile_loadconfig(configuration);\n"
+        "}\n"
+    )
+    header = Path(__file__).parents[1] / "requirements" / "amx.h"
+    compiled = tmp_path / "libggml-cpu.so"
+    flags = ["-O3", "-mamx-tile", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    command = ["g++", *flags, "-include", str(header), str(source)]
+    subprocess.run([*command, "-o", str(compiled)], check=True)
+    monkeypatch.setattr(backend.lib, "llama_print_system_info", lambda: b"AMX_INT8 = 1 |")
+    assert backend.may_repack(tmp_path)
+    assembly = subprocess.run(
+        [*command, "-S", "-o", "-"], check=True, capture_output=True, text=True
+    ).stdout
+    # The argument, which the compiler leaves out where it takes that byte for unread.
+    assert re.search(r"mov.*%dil,.*\n(.*\n)*.*ldtilecfg", assembly), assembly
 
 
 def test_native_logs_become_records(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
+import re
 import threading
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from inferpool.errors import ModelLoadError
@@ -27,6 +30,7 @@ except (AttributeError, OSError, RuntimeError) as error:
 __all__ = [
     "init_backend",
     "lib",
+    "may_repack",
     "missing_symbols",
     "model_params",
     "native_bridge",
@@ -100,6 +104,11 @@ _REQUIRED = {
     "llama_vocab_type": 1,
     "llama_vocab_sep": 1,
 }
+
+# What compilers write into the section .comment of a library, and requirements/amx.h does.
+_GCC_VERSION = re.compile(rb"GCC: \([^)]*\) (\d+)\.(\d+)\.")
+_CLANG = b"clang version "
+_CONFIGURATION_IS_WHOLE = b"ldtilecfg: 64 bytes"
 
 # enum ggml_log_level of ggml.h. Text without a level (0) is what the library would print.
 _LEVELS = {0: logging.INFO, 1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
@@ -187,12 +196,31 @@ def init_backend() -> None:
 def model_params() -> lib.llama_model_params:
     """Default parameters of a model, but for what is broken in the installed library."""
     params: lib.llama_model_params = lib.llama_model_default_params()
-    # With GCC 12 at least, half of the tile configuration that ggml's AMX kernels load is
-    # optimised away, and the first matrix product of a quantised model is a SIGSEGV
-    # (https://github.com/ggml-org/llama.cpp/pull/26954). Weights that are not repacked for AMX
-    # keep to the AVX-512 kernels.
-    params.use_extra_bufts = b"AMX_INT8 = 1" not in lib.llama_print_system_info()
+    params.use_extra_bufts = may_repack(Path(lib._lib._name).parent)
     return params
+
+
+def may_repack(folder: Path) -> bool:
+    """Whether the llama.cpp in ``folder`` can work with the weights that it repacks.
+
+    GCC before 14, 13.3 and 12.4 leaves out most of the tile configuration that ggml's AMX kernels
+    load, and the first product of a quantised model is a SIGSEGV (https://gcc.gnu.org/PR114098).
+    That can't be found out by trying: in place of what is left out there is what happens to lie on
+    the stack. But compilers, and requirements/amx.h, say in a library what made it.
+    """
+    if b"AMX_INT8 = 1" not in lib.llama_print_system_info():
+        return True
+    libraries = [path.read_bytes() for path in folder.glob("libggml-cpu*.so")]
+    return bool(libraries) and all(map(_configures_tiles, libraries))
+
+
+def _configures_tiles(library: bytes) -> bool:
+    if _CONFIGURATION_IS_WHOLE in library or _CLANG in library:
+        return True
+    versions = [(int(major), int(minor)) for major, minor in _GCC_VERSION.findall(library)]
+    # Older ones are those of the start-up objects of the C library.
+    major, minor = max(versions, default=(0, 0))
+    return major > 13 or minor >= {12: 4, 13: 3}.get(major, math.inf)
 
 
 def missing_symbols(bindings: Any, required: Mapping[str, int]) -> list[str]:
