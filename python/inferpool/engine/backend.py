@@ -89,6 +89,7 @@ _REQUIRED = {
     "llama_sampler_init_xtc": 4,
     "llama_sampler_sample": 3,
     "llama_set_abort_callback": 3,
+    "llama_set_n_threads": 3,
     "llama_token_to_piece": 6,
     "llama_tokenize": 7,
     "llama_vocab_bos": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.backend import lib, native_errors
 from inferpool.engine.model import Model
+from inferpool.engine.threads import ThreadCount
 from inferpool.engine.token_types import PairEmbedding
 from inferpool.errors import CallCancelled, ModelError, ModelLoadError
 
@@ -129,7 +131,8 @@ class Context:
             n_seq_max: sequences in memory at most.
             kv_unified: whether the sequences share one memory; otherwise each has its own,
                 of an equal part of ``n_ctx``, and attention keeps to that.
-            n_threads: None takes the CPUs this process may run on.
+            n_threads: how many compute at most (`ThreadCount`); None takes the CPUs this process
+                may run on.
             flash_attn: whether to use flash attention.
             embeddings: whether pooled vectors will be read instead of logits.
 
@@ -145,7 +148,10 @@ class Context:
         params.n_ubatch = n_batch
         params.n_seq_max = n_seq_max
         params.kv_unified = kv_unified
-        params.n_threads = params.n_threads_batch = n_threads or len(os.sched_getaffinity(0))
+        n_threads = n_threads or len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = n_threads
+        # To wait for an accelerator looks like waiting for a CPU.
+        self._threads = None if model.has_accelerator else ThreadCount(n_threads)
         params.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -206,7 +212,7 @@ class Context:
         if self._abort is not None and self._abort.is_set():
             raise CallCancelled("the call was cancelled")
         native_errors()
-        status = lib.llama_decode(self.handle, batch.native)
+        status = self._decode(batch)
         if status == 0:
             return
         if status == _DECODE_ABORTED:
@@ -215,6 +221,15 @@ class Context:
             raise ModelError(f"no room in the context for {len(batch)} more tokens")
         reason = native_errors() or "no reason given"
         raise ModelError(f"llama_decode failed with {status} on {len(batch)} tokens: {reason}")
+
+    def _decode(self, batch: Batch) -> int:
+        began, cpu = time.perf_counter(), time.process_time()
+        status: int = lib.llama_decode(self.handle, batch.native)
+        ended, cpu = time.perf_counter(), time.process_time() - cpu
+        threads = self._threads
+        if threads is not None and threads.took(began=began, ended=ended, cpu=cpu):
+            lib.llama_set_n_threads(self.handle, threads.now, threads.now)
+        return status
 
     def logits(self, index: int = -1) -> npt.NDArray[np.float32]:
         """Logits of an output of the last batch, shape (n_vocab,); a view until the next one.

@@ -27,6 +27,7 @@ class Model:
 
     Attributes:
         path: the file.
+        has_accelerator: whether some of its layers may be kept on one.
         n_ctx_train: context length the model was trained with, in tokens.
         n_embd: width of its output vectors.
         n_embd_in: width of the embeddings that it takes in place of token ids.
@@ -56,6 +57,7 @@ class Model:
         """
         init_backend()
         self.path = path
+        self.has_accelerator = n_gpu_layers != 0
         self._handle: lib.llama_model_p | None = _load(path, n_gpu_layers, abort, progress)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
         self.n_embd: int = lib.llama_model_n_embd_out(self._handle)
