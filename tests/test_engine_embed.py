@@ -681,7 +681,7 @@ def test_the_header_of_the_build_makes_the_tile_configuration_whole(
         "    _tile_loadconfig(configuration);\n"
         "}\n"
     )
-    header = Path(__file__).parents[1] / "requirements" / "amx.h"
+    header = Path(__file__).parents[1] / "requirements" / "llama-cpp.h"
     compiled = tmp_path / "libggml-cpu.so"
     flags = ["-O3", "-mamx-tile", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     command = ["g++", *flags, "-include", str(header), str(source)]

@@ -106,7 +106,7 @@ _REQUIRED = {
     "llama_vocab_sep": 1,
 }
 
-# What compilers write into the section .comment of a library, and requirements/amx.h does.
+# What compilers write into the section .comment of a library, and requirements/llama-cpp.h does.
 _GCC_VERSION = re.compile(rb"GCC: \([^)]*\) (\d+)\.(\d+)\.")
 _CLANG = b"clang version "
 _CONFIGURATION_IS_WHOLE = b"ldtilecfg: 64 bytes"
@@ -207,7 +207,7 @@ def may_repack(folder: Path) -> bool:
     GCC before 14, 13.3 and 12.4 leaves out most of the tile configuration that ggml's AMX kernels
     load, and the first product of a quantised model is a SIGSEGV (https://gcc.gnu.org/PR114098).
     That can't be found out by trying: in place of what is left out there is what happens to lie on
-    the stack. But compilers, and requirements/amx.h, say in a library what made it.
+    the stack. But compilers, and requirements/llama-cpp.h, say in a library what made it.
     """
     if b"AMX_INT8 = 1" not in lib.llama_print_system_info():
         return True
