@@ -64,12 +64,12 @@ def test_all_threads_compute_again_when_the_others_have_gone() -> None:
     computing.run(5, lambda number: min(number, 3.0))
     assert np.median(computing.history[20:]) == 3
     computing.history.clear()
-    computing.run(5, lambda number: float(number))
+    computing.run(5, float)
     assert computing.history[-1] == 8
     # And a new disturbance is as soon over as the first one was.
     computing.run(0.05, lambda number: 1.0)
     computing.history.clear()
-    computing.run(0.5, lambda number: float(number))
+    computing.run(0.5, float)
     assert max(computing.history) > 2
 
 

@@ -168,8 +168,8 @@ class _LlamaConfig(Hosting):
     """What every llama.cpp role has in common."""
 
     n_threads: int | None = None
-    """Threads for inference at most; None takes the CPUs this process may run on. Fewer compute while
-    other processes need the CPUs, unless there is an accelerator."""
+    """Threads for inference at most; None takes the CPUs this process may run on. Fewer compute
+    while other processes need the CPUs, unless there is an accelerator."""
     n_gpu_layers: int = 0
     """Layers kept on an accelerator; -1 means all."""
     flash_attn: bool = True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["ThreadCount"]
 
-# Threads wait for each other after every node of a graph, so one that has to share its CPU holds all
-# of them up. Beside a busy process a token of SmolLM2 took two threads 22 ms on 2 CPUs, and one 9.
+# Threads wait for each other after every node of a graph, so one that has to share its CPU holds
+# all of them up. Beside a busy process a token of SmolLM2 took two threads 22 ms on 2 CPUs, and one
+# thread 9.
 
 # What is looked at together: a few steps, so that a single hiccup changes nothing.
 _WINDOW_SECONDS = 0.02
