@@ -668,6 +668,15 @@ def test_weights_are_repacked_for_amx_if_the_compiler_was_sound(
     assert backend.may_repack(tmp_path)
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_whether_amx_is_left_unused_is_logged(
+    sound: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "may_repack", lambda _folder: sound)
+    assert backend.model_params().use_extra_bufts is sound
+    assert ("AMX is not used" in caplog.text) is not sound
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is Intel's")
 def test_the_header_of_the_build_makes_the_tile_configuration_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

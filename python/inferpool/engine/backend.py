@@ -198,6 +198,11 @@ def model_params() -> lib.llama_model_params:
     """Default parameters of a model, but for what is broken in the installed library."""
     params: lib.llama_model_params = lib.llama_model_default_params()
     params.use_extra_bufts = may_repack(Path(lib._lib._name).parent)
+    if not params.use_extra_bufts:
+        logging.getLogger("llama.cpp").warning(
+            "AMX is not used: llama-cpp-python was compiled by a GCC that breaks it. "
+            "hint: compile it with inferpool's requirements/llama-cpp.h, or GCC 14"
+        )
     return params
 
 
