@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -195,6 +197,19 @@ def test_models_are_parsed_in_a_sandbox_unless_a_driver_needs_more() -> None:
     assert level("smollm2") == "confined"
     assert level(ChatConfig("smollm2", n_gpu_layers=-1)) == "basic"
     assert level(ChatConfig("smollm2", n_gpu_layers=-1, sandbox="strict")) == "strict"
+
+
+def test_a_confined_worker_loads_the_library_that_the_user_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = importlib.util.find_spec("llama_cpp")
+    assert package is not None
+    assert package.origin is not None
+    shutil.copytree(Path(package.origin).parent / "lib", tmp_path / "lib")
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path / "lib"))
+    with Pool(embed="minilm") as pool:
+        assert pool.embed(["a library of one's own"]).shape == (1, 384)
+        assert pool.status()["embed"].sandbox == CONFINED
 
 
 def test_an_unknown_level_is_refused() -> None:

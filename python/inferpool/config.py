@@ -345,5 +345,6 @@ def worker_environment(added: Mapping[str, str]) -> dict[str, str]:
 
 
 def library_path() -> list[str]:
-    """Folders that the loader looks for libraries in, beside the system's."""
-    return [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    """Folders where the loader, or llama-cpp-python, looks for libraries, beside their own."""
+    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    return [folder for folder in (*folders, os.environ.get("LLAMA_CPP_LIB_PATH")) if folder]
