@@ -52,8 +52,7 @@ def test_one_thread_computes_beside_a_busy_process() -> None:
     computing.run(20, lambda number: 1.0)
     assert computing.history[:2] == [2, 1]
     # It is tried again, ever more seldom: after 0.1 s, 0.2 s … 1.6 s.
-    tries = np.flatnonzero(computing.history)[np.array(computing.history) == 2]
-    waits = np.diff(tries) * STEP
+    waits = np.diff(np.flatnonzero(np.array(computing.history) == 2)) * STEP
     assert waits[0] == pytest.approx(0.1, abs=2 * STEP)
     assert waits[-1] == pytest.approx(1.6, abs=3 * STEP)
     assert (np.diff(waits) > -STEP).all()

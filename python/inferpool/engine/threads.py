@@ -13,9 +13,9 @@ _WINDOW_SECONDS = 0.02
 # Of the CPU time they could use, two threads got 0.78 and more in each such window on a quiet
 # machine with 2 CPUs, and 0.5 beside a busy process.
 _LEAST_SHARE = 0.65
-# When twice as many are tried again. In vain, and it is the double time until the next try.
-_FIRST_WHILE = 0.1
-_LONGEST_WHILE = 1.6
+# Seconds until twice as many threads are tried again, doubled each time that this was in vain.
+_FIRST_WAIT = 0.1
+_LONGEST_WAIT = 1.6
 
 
 class ThreadCount:
@@ -29,7 +29,7 @@ class ThreadCount:
     def __init__(self, most: int) -> None:
         self.most = most
         self.now = most
-        self._while = _FIRST_WHILE
+        self._wait = _FIRST_WAIT
         self._wall = 0.0
         self._cpu = 0.0
         self._changed = 0.0  # when, in seconds on the clock of `took`
@@ -43,8 +43,6 @@ class ThreadCount:
             ended: when it ended.
             cpu: seconds of CPU time that the process used meanwhile.
         """
-        if self.most == 1:
-            return False
         self._wall += ended - began
         self._cpu += cpu
         if self._wall < _WINDOW_SECONDS:
@@ -53,11 +51,11 @@ class ThreadCount:
         self._wall = self._cpu = 0.0
         if self.now > 1 and got < _LEAST_SHARE * self.now:
             if self._trying:
-                self._while = min(2 * self._while, _LONGEST_WHILE)
+                self._wait = min(2 * self._wait, _LONGEST_WAIT)
             return self._change(max(1, min(round(got), self.now - 1)), ended, trying=False)
         if self._trying:
-            self._while, self._trying = _FIRST_WHILE, False
-        if self.now < self.most and ended - self._changed >= self._while:
+            self._wait, self._trying = _FIRST_WAIT, False
+        if self.now < self.most and ended - self._changed >= self._wait:
             return self._change(min(2 * self.now, self.most), ended, trying=True)
         return False
 
