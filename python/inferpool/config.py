@@ -338,8 +338,8 @@ def worker_environment(added: Mapping[str, str]) -> dict[str, str]:
     environment = {**inherited, **added}
     # How often idle OpenMP threads look again before they sleep: long enough to bridge the gap
     # between graph nodes, short enough that an idle worker uses no CPU. On an Intel Xeon it takes
-    # 33 us; with 1000, four streams of SmolLM2 took 1.27 times as long there, and with 10 or 100
-    # times as many they took no less.
+    # 33 us; with 1000, four streams of SmolLM2 took 1.27 times as long there, and with
+    # 30000 no less.
     environment.setdefault("GOMP_SPINCOUNT", "3000")
     return environment
 
