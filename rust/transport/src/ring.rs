@@ -250,28 +250,38 @@ impl<M: Memory> Consumer<M> {
 
     /// The next record, padding skipped, or `None` when nothing is published.
     pub fn peek(&mut self) -> Result<Option<Record>, Violation> {
-        loop {
-            if self.head == self.tail && !self.refresh()? {
-                return Ok(None);
-            }
-            let capacity = self.memory.capacity();
-            let offset = self.head as usize & (capacity - 1);
-            let mut wire = [0; HEADER];
-            // SAFETY: positions are multiples of ALIGN, so a header fits before the end.
-            unsafe { self.memory.read(offset, wire.as_mut_ptr(), HEADER) };
-            let header = Header::from_wire(&wire)?;
-            let space = header.span();
-            if space > capacity - offset || space as u64 > self.tail - self.head {
-                return Err(Violation::Length);
-            }
-            if header.kind != Kind::Pad {
-                return Ok(Some(Record { header, offset }));
-            }
-            if space != capacity - offset {
+        if self.head == self.tail && !self.refresh()? {
+            return Ok(None);
+        }
+        let mut record = self.record_at_head()?;
+        if record.header.kind == Kind::Pad {
+            let space = record.header.span();
+            if space != self.memory.capacity() - record.offset {
                 return Err(Violation::Length);
             }
             self.head += space as u64;
+            // A record follows in the same publication. If padding could stand alone, a peer that
+            // publishes nothing else would keep this side reading and `head` from being told.
+            record = self.record_at_head()?;
+            if record.header.kind == Kind::Pad {
+                return Err(Violation::Length);
+            }
         }
+        Ok(Some(record))
+    }
+
+    fn record_at_head(&self) -> Result<Record, Violation> {
+        let capacity = self.memory.capacity();
+        let offset = self.head as usize & (capacity - 1);
+        let mut wire = [0; HEADER];
+        // SAFETY: positions are multiples of ALIGN, so a header fits before the end.
+        unsafe { self.memory.read(offset, wire.as_mut_ptr(), HEADER) };
+        let header = Header::from_wire(&wire)?;
+        let space = header.span();
+        if space > capacity - offset || space as u64 > self.tail - self.head {
+            return Err(Violation::Length);
+        }
+        Ok(Record { header, offset })
     }
 
     /// Copies the body of a record to `target`.

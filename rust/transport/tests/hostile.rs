@@ -138,6 +138,15 @@ impl Attack {
         self.set(REPLY_TAIL, self.tail);
     }
 
+    /// Publishes padding of this size, header included.
+    fn forge_padding(&mut self, space: usize) {
+        let header = Header {
+            kind: Kind::Pad,
+            ..Self::header(0, space - HEADER)
+        };
+        self.forge(header, &[]);
+    }
+
     /// What the host finds when it looks, without waiting.
     fn look(&self) -> Option<End> {
         self.host.look(&self.notifier).unwrap();
@@ -420,6 +429,23 @@ fn fragments_without_end() {
     }
 }
 
+#[test]
+fn padding_without_a_record_after_it() {
+    let mut attack = Attack::new();
+    attack.send();
+    attack.forge_padding(CAPACITY);
+    attack.expect(Violation::Length);
+
+    let mut attack = Attack::new();
+    let call = attack.send();
+    let header = Attack::header(call, 256);
+    attack.forge(header, &[0; 256]);
+    assert_eq!(attack.look(), None);
+    attack.forge_padding(CAPACITY - header.span());
+    attack.forge_padding(header.span());
+    attack.expect(Violation::Length);
+}
+
 /// Items of a call until the host has had enough of them.
 fn flood(attack: &mut Attack, call: u64) -> (End, usize) {
     let item = 1000;
@@ -429,13 +455,7 @@ fn flood(attack: &mut Attack, call: u64) -> (End, usize) {
             ..Attack::header(call, item)
         };
         if attack.tail as usize % CAPACITY + header.span() > CAPACITY {
-            let space = CAPACITY - attack.tail as usize % CAPACITY - HEADER;
-            let pad = Header {
-                kind: Kind::Pad,
-                call: 0,
-                ..Attack::header(0, space)
-            };
-            attack.forge(pad, &[]);
+            attack.forge_padding(CAPACITY - attack.tail as usize % CAPACITY);
         }
         attack.forge(header, &[7; 1000]);
         if let Some(end) = attack.look() {
