@@ -128,7 +128,9 @@ MUTANTS = [
     Mutant("ring.rs", "|| !head.is_multiple_of(ALIGN as u64)", "", "hostile"),
     Mutant("ring.rs", "space > capacity - offset || ", "", "hostile"),
     Mutant("ring.rs", " || space as u64 > self.tail - self.head", "", "hostile"),
-    Mutant("ring.rs", "if space != self.memory.capacity() - record.offset {", "if false {", "hostile"),
+    Mutant(
+        "ring.rs", "if space != self.memory.capacity() - record.offset {", "if false {", "hostile"
+    ),
     Mutant(
         "ring.rs",
         "            if record.header.kind == Kind::Pad {",
