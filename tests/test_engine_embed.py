@@ -704,6 +704,10 @@ def test_the_header_of_the_build_makes_the_tile_configuration_whole(
     assert re.search(r"mov.*%dil,.*\n(.*\n)*.*ldtilecfg", assembly), assembly
 
 
+def test_the_library_that_make_builds_has_a_blas() -> None:
+    assert backend.least_rows() > 1
+
+
 def test_native_logs_become_records(caplog: pytest.LogCaptureFixture) -> None:
     bridge = backend._LogBridge()
     with caplog.at_level(logging.DEBUG, logger="llama.cpp"):

@@ -11,10 +11,11 @@ from engine_fakes import CountdownAbort, FakeCaller
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inferpool.engine.backend import least_rows
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.context import Context
 from inferpool.engine.model import Model
-from inferpool.engine.scheduler import common_prefix
+from inferpool.engine.scheduler import chunk_length, common_prefix
 from inferpool.errors import CallCancelled, InvalidRequest, ModelError, ModelLoadError
 from inferpool.messages import ChatMessage, ChatRequest
 
@@ -110,7 +111,7 @@ def test_a_memory_that_was_moved_is_found_again(
     again = submit(engine, LONG, max_tokens=12)
     finish(engine)
     assert again.text == moved.text
-    assert len(decoded[0]) == 1
+    assert len(decoded[0]) == least_rows()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_a_memory_is_kept_while_slots_are_empty(
     again = submit(engine, LONG, max_tokens=2)
     finish(engine)
     engine.close()
-    assert len(decoded[0]) == 1
+    assert len(decoded[0]) == least_rows()
     assert again.text == kept.text
 
 
@@ -278,12 +279,35 @@ def test_a_seed_computes_everything_anew(engine: ChatEngine, decoded: list[list[
     assert sum(map(len, decoded)) > 120
 
 
-@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2), min_size=1))
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
 def test_common_prefix_is_the_longest(memory: list[int], prompt: list[int]) -> None:
     n = common_prefix(memory, np.array(prompt, np.int32))
-    assert 0 <= n < len(prompt)
     assert memory[:n] == prompt[:n]
-    assert n == len(prompt) - 1 or n == len(memory) or memory[n] != prompt[n]
+    assert n == len(prompt) or n == len(memory) or memory[n] != prompt[n]
+
+
+@given(st.integers(1, 600), st.integers(0, 512), st.integers(1, 64))
+def test_no_long_prompt_is_cut_into_short_chunks(n_unread: int, share: int, least: int) -> None:
+    n = chunk_length(n_unread, share, least)
+    assert 1 <= n <= n_unread
+    assert n <= max(share, 2 * least - 1)
+    if n < n_unread:
+        assert min(n, n_unread - n) >= least
+
+
+def test_an_answer_depends_neither_on_company_nor_on_memory(engine: ChatEngine) -> None:
+    words = LONG.split()
+    questions = [" ".join(words[: 5 + 3 * n]) + f" What is {n}?" for n in range(12)]
+    cold, warm = [], []
+    for answers, cache_prompt in ((cold, False), (warm, True)):
+        for question in questions:
+            answers.append(submit(engine, question, cache_prompt=cache_prompt))
+            finish(engine)
+    together = [submit(engine, question) for question in questions]
+    finish(engine)
+    expected = [answer.text for answer in cold]
+    assert [answer.text for answer in warm] == expected
+    assert [answer.text for answer in together] == expected
 
 
 # Those who give up, fall behind, or fail

@@ -29,6 +29,7 @@ except (AttributeError, OSError, RuntimeError) as error:
 
 __all__ = [
     "init_backend",
+    "least_rows",
     "lib",
     "may_repack",
     "missing_symbols",
@@ -106,6 +107,11 @@ _REQUIRED = {
     "llama_vocab_sep": 1,
 }
 
+# Not bound by llama_cpp, but exported by what it loads.
+_UNBOUND = ["ggml_backend_reg_by_name", "ggml_set_abort_callback"]
+
+_BLAS_ROWS = 32  # min_batch in ggml-blas.cpp
+
 # What compilers write into the section .comment of a library, and requirements/llama-cpp.h does.
 _GCC_VERSION = re.compile(rb"GCC: \([^)]*\) (\d+)\.(\d+)\.")
 _CLANG = b"clang version "
@@ -181,17 +187,27 @@ def init_backend() -> None:
         ModelLoadError: if the installed llama-cpp-python lacks something the engine needs.
     """
     problems = missing_symbols(lib, _REQUIRED)
-    if not hasattr(lib._lib, "ggml_set_abort_callback"):
-        problems.append("ggml_set_abort_callback is missing")
+    problems += [f"{name} is missing" for name in _UNBOUND if not hasattr(lib._lib, name)]
     if problems:
         raise ModelLoadError(
             f"the installed llama-cpp-python does not fit this version of inferpool: "
             f"{', '.join(problems)}"
         )
     lib.llama_log_set(native_bridge, ctypes.c_void_p(0))
-    # Not bound by llama_cpp, but exported by what it loads.
     lib._lib.ggml_set_abort_callback(_native_on_abort)
     lib.llama_backend_init()
+
+
+@functools.cache
+def least_rows() -> int:
+    """How many rows a product should have to be rounded as larger ones are.
+
+    That is where a BLAS begins to take them, if llama.cpp has one: it multiplies in floats what
+    the other kernels multiply in 8 bits.
+    """
+    find = lib._lib.ggml_backend_reg_by_name
+    find.argtypes, find.restype = [ctypes.c_char_p], ctypes.c_void_p
+    return _BLAS_ROWS if find(b"BLAS") else 1
 
 
 def model_params() -> lib.llama_model_params:

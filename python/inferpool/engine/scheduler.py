@@ -7,7 +7,6 @@ than a chunk takes, and a short prompt does not wait for a long one.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.answer import Answer
+from inferpool.engine.backend import least_rows
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.prompt import Prompt
 from inferpool.errors import CallCancelled, InferpoolError
@@ -135,6 +135,7 @@ class Scheduler:
         self._context = context
         self._abort = abort
         self._batch = Batch(context.n_batch)
+        self._least_rows = least_rows()
         self._slots = [_Slot(id) for id in range(context.n_seq_max)]
         self._n_admitted = 0
         self._waiting: deque[_Request] = deque()
@@ -215,7 +216,7 @@ class Scheduler:
         under way, see `_close_ranks`.
         """
         n_common, source = max(
-            ((common_prefix(slot.tokens, prompt.tokens), slot) for slot in self._slots),
+            ((self._n_common(slot, prompt), slot) for slot in self._slots),
             key=lambda entry: (entry[0], entry[1].free),
         )
         busy = {answer.slot.id for answer in self._active}
@@ -230,12 +231,21 @@ class Scheduler:
         )
         if n_common < _LEAST_REUSE or not prompt.may_reuse:
             return oldest, oldest, 0
-        if common_prefix(oldest.tokens, prompt.tokens) == n_common:
+        if self._n_common(oldest, prompt) == n_common:
             return oldest, oldest, n_common
         # A memory that goes on for long after the common beginning may be asked for again.
         if source.free and 2 * n_common >= len(source.tokens):
             return source, source, n_common
         return oldest, source, n_common
+
+    def _n_common(self, slot: _Slot, prompt: Prompt) -> int:
+        """How many of a prompt's tokens need not be decoded if it goes on from a slot's memory.
+
+        The last one's result is what the answer starts from, and it is to come out as if nothing
+        had been remembered.
+        """
+        least = self._least_rows if len(prompt.tokens) >= self._least_rows else 1
+        return common_prefix(slot.tokens, prompt.tokens[:-least])
 
     def _close_ranks(self) -> None:
         """Move answers so that their slots are neighbours, the only ones that are decoded together.
@@ -309,20 +319,18 @@ class Scheduler:
             return
         alone = len(unread) == len(self._active)
         room = self._context.n_batch if alone else min(self._context.n_batch, _SHARED_CHUNK)
+        least = min(self._least_rows, room // 2)
         unread.sort(key=lambda answer: answer.n_unread)
         chunks = []
         for index, answer in enumerate(unread):
-            n = min(answer.n_unread, room // (len(unread) - index))
-            if n:
+            n = chunk_length(answer.n_unread, room // (len(unread) - index), least)
+            if n <= room:
                 room -= n
                 chunks.append((answer, answer.unread(n)))
-        # llama.cpp computes sequences of unequal length one after the other anyway, so whoever is
-        # read to the end need not wait for the others' chunks before the first token.
-        whole = [each for each in chunks if len(each[1]) == each[0].n_unread]
-        for part in (whole, [each for each in chunks if each not in whole]):
-            if part:
-                tokens = (answer.caller.abort for answer, _ in part)
-                self._compute(part, functools.reduce(lambda one, other: one.union(other), tokens))
+        # Each by itself, so that what comes of a prompt does not depend on its company. llama.cpp
+        # computes sequences of unequal length one after the other anyway.
+        for answer, chunk in chunks:
+            self._compute([(answer, chunk)], answer.caller.abort)
 
     def _compute(self, chunks: Sequence[_Chunk], abort: AbortToken | None) -> None:
         """Decode the next tokens of answers, and draw one for each that has none left."""
@@ -382,11 +390,18 @@ class Scheduler:
                 self._untold.append(answer)
 
 
-def common_prefix(memory: Sequence[int], prompt: npt.NDArray[np.int32]) -> int:
-    """How many tokens both begin with, the prompt's last excepted.
+def chunk_length(n_unread: int, share: int, least: int) -> int:
+    """How many of a prompt's tokens to decode next: about ``share``.
 
-    That one is decoded again in any case, since its result is what the answer starts from.
+    No prompt of ``least`` tokens or more is cut into chunks of fewer, see `least_rows`.
     """
-    n = min(len(memory), len(prompt) - 1)
+    if n_unread <= max(share, 2 * least - 1):
+        return n_unread
+    return min(max(share, least), n_unread - least)
+
+
+def common_prefix(memory: Sequence[int], prompt: npt.NDArray[np.int32]) -> int:
+    """How many tokens both begin with."""
+    n = min(len(memory), len(prompt))
     differing = np.flatnonzero(np.array(memory[:n], np.int32) != prompt[:n])
     return int(differing[0]) if differing.size else n
