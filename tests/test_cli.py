@@ -371,7 +371,7 @@ def test_a_crash_ends_one_answer_and_not_the_chat() -> None:
 
 
 def test_chat_at_a_terminal() -> None:
-    with terminal("chat", "--seed", "1", env={"NO_COLOR": "1", "TERM": "xterm"}) as tty:
+    with terminal("chat", "--temperature", "0", env={"NO_COLOR": "1", "TERM": "xterm"}) as tty:
         shown = tty.until(b"> ")
         tty.type(b"Tell me a very long story about a fox.\r")
         shown += tty.until(b" fox.\r\n")

@@ -11,11 +11,11 @@ from engine_fakes import CountdownAbort, FakeCaller
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferpool.engine.backend import least_rows
+from inferpool.engine.backend import least_rows, lib
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.context import Context
 from inferpool.engine.model import Model
-from inferpool.engine.scheduler import chunk_length, common_prefix
+from inferpool.engine.scheduler import common_prefix, piece_length
 from inferpool.errors import CallCancelled, InvalidRequest, ModelError, ModelLoadError
 from inferpool.messages import ChatMessage, ChatRequest
 
@@ -198,6 +198,50 @@ def test_a_prompt_that_ends_in_a_chunk_after_a_part_of_another_is_read_once(
     assert [caller.text for caller in callers] == [alone.text] * 2
 
 
+@given(st.integers(1, 600), st.integers(0, 512), st.integers(0, 64))
+def test_no_long_prompt_is_cut_into_short_pieces(n_unread: int, share: int, least: int) -> None:
+    n = piece_length(n_unread, share, least)
+    assert 0 <= n <= n_unread
+    assert n or not share + least
+    assert n <= max(share, 2 * least - 1)
+    if n < n_unread:
+        assert min(n, n_unread - n) >= least
+
+
+def test_a_long_prompt_is_read_though_short_ones_come_without_end(model: Model) -> None:
+    engine = ChatEngine(model, n_ctx=512, n_batch=64, n_parallel=4, n_threads=2)
+    long = submit(engine, LONG, max_tokens=1, cache_prompt=False)
+    short: list[FakeCaller] = []
+    for _ in range(40):
+        while sum(caller.outcome is None for caller in short) < 4:
+            short.append(submit(engine, "Say hello.", max_tokens=1, cache_prompt=False))
+        engine.step()
+    assert long.outcome == "end"
+    finish(engine)
+    engine.close()
+    assert all(caller.outcome == "end" for caller in short)
+
+
+def test_prompts_are_read_together_if_that_changes_nothing(
+    model: Model, decoded: list[list[int]]
+) -> None:
+    questions = ["Name a colour.", "Name a flower.", LONG, "Name a man.", LONG + "Why?"]
+    answers = []
+    for n_parallel in (1, len(questions)):
+        engine = ChatEngine(model, n_ctx=512, n_batch=512, n_parallel=n_parallel, n_threads=1)
+        decoded.clear()
+        callers = [submit(engine, question, cache_prompt=False) for question in questions]
+        finish(engine)
+        engine.close()
+        # What is cut elsewhere may be rounded otherwise.
+        answers.append([callers[index].text for index in (0, 1, 3)])
+    assert answers[0] == answers[1]
+    prompts = [batch for batch in decoded if len(batch) > len(set(batch))]
+    assert max(len(set(batch)) for batch in prompts) >= 2
+    for batch in prompts:
+        assert len({batch.count(sequence) for sequence in batch}) == 1
+
+
 def test_answers_go_on_while_a_prompt_is_read(engine: ChatEngine) -> None:
     talking = submit(engine, "Tell me a story.", max_tokens=20)
     while not talking.deltas:
@@ -284,30 +328,6 @@ def test_common_prefix_is_the_longest(memory: list[int], prompt: list[int]) -> N
     n = common_prefix(memory, np.array(prompt, np.int32))
     assert memory[:n] == prompt[:n]
     assert n == len(prompt) or n == len(memory) or memory[n] != prompt[n]
-
-
-@given(st.integers(1, 600), st.integers(0, 512), st.integers(1, 64))
-def test_no_long_prompt_is_cut_into_short_chunks(n_unread: int, share: int, least: int) -> None:
-    n = chunk_length(n_unread, share, least)
-    assert 1 <= n <= n_unread
-    assert n <= max(share, 2 * least - 1)
-    if n < n_unread:
-        assert min(n, n_unread - n) >= least
-
-
-def test_an_answer_depends_neither_on_company_nor_on_memory(engine: ChatEngine) -> None:
-    words = LONG.split()
-    questions = [" ".join(words[: 5 + 3 * n]) + f" What is {n}?" for n in range(12)]
-    cold, warm = [], []
-    for answers, cache_prompt in ((cold, False), (warm, True)):
-        for question in questions:
-            answers.append(submit(engine, question, cache_prompt=cache_prompt))
-            finish(engine)
-    together = [submit(engine, question) for question in questions]
-    finish(engine)
-    expected = [answer.text for answer in cold]
-    assert [answer.text for answer in warm] == expected
-    assert [answer.text for answer in together] == expected
 
 
 # Those who give up, fall behind, or fail
@@ -426,6 +446,27 @@ def test_a_batch_that_fails_ends_the_answer_to_blame_and_no_others(
     again = submit(engine, "Say zebra.")
     finish(engine)
     assert again.outcome == "end"
+
+
+def test_a_model_that_can_not_go_back_goes_on(
+    engine: ChatEngine, decoded: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truncate = Context.truncate
+
+    def forward_only(self: Context, sequence: int, length: int) -> bool:
+        last = lib.llama_memory_seq_pos_max(lib.llama_get_memory(self.handle), sequence)
+        return not 0 < length <= last and truncate(self, sequence, length)
+
+    monkeypatch.setattr(Context, "truncate", forward_only)
+    turns: list[ChatMessage] = []
+    for question in (LONG, "Go on.", "Why?"):
+        turns.append(ChatMessage("user", question))
+        decoded.clear()
+        caller = FakeCaller()
+        engine.submit(ChatRequest(messages=turns, temperature=0.0, max_tokens=6), caller)
+        finish(engine)
+        turns.append(ChatMessage("assistant", caller.text))
+    assert sum(map(len, decoded)) < 40
 
 
 def test_a_model_that_can_not_go_back_reads_everything_anew(

@@ -200,7 +200,7 @@ def init_backend() -> None:
 
 @functools.cache
 def least_rows() -> int:
-    """How many rows a product should have to be rounded as larger ones are.
+    """From how many rows on products are rounded alike, and take less time for each.
 
     That is where a BLAS begins to take them, if llama.cpp has one: it multiplies in floats what
     the other kernels multiply in 8 bits.

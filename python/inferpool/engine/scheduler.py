@@ -1,15 +1,17 @@
 """Continuous batching: many answers from one context, a step at a time.
 
-A step decodes the next token of every answer that has begun, then a chunk of the prompts that
-have not been read to their end, shared out among them. So nobody's answer stands still for longer
-than a chunk takes, and a short prompt does not wait for a long one.
+A step decodes the next token of every answer that has begun, then a chunk of tokens of the prompts
+that have not been read to their end, shared out among those whose turn it is. So nobody's answer
+stands still for longer than a chunk takes, and a short prompt does not wait for a long one.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import count, groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,8 +30,8 @@ __all__ = ["Caller", "Scheduler"]
 # Tokens of prompts that one step decodes at most while answers wait for their next token.
 _SHARED_CHUNK = 128
 # A common beginning that is shorter is computed again. To copy a memory of SmolLM2's for 4,096
-# tokens takes 18 ms, to read 16 tokens 110.
-_LEAST_REUSE = 16
+# tokens takes 18 ms, to read 8 tokens as long.
+_LEAST_REUSE = 8
 # How often a reader that is behind is looked after.
 _RETRY_SECONDS = 0.02
 
@@ -85,9 +87,10 @@ class _Answer(Answer):
 
     Attributes:
         slot: where its memory is.
+        turn: orders those whose prompts are being read; the least is next.
     """
 
-    def __init__(self, request: _Request, slot: _Slot) -> None:
+    def __init__(self, request: _Request, slot: _Slot, turn: int) -> None:
         """Begin to answer.
 
         Raises:
@@ -96,6 +99,7 @@ class _Answer(Answer):
         super().__init__(request.prompt, request.since)
         self.caller = request.caller
         self.slot = slot
+        self.turn = turn
 
     @property
     def n_unread(self) -> int:
@@ -138,6 +142,7 @@ class Scheduler:
         self._least_rows = least_rows()
         self._slots = [_Slot(id) for id in range(context.n_seq_max)]
         self._n_admitted = 0
+        self._turns = count()
         self._waiting: deque[_Request] = deque()
         self._active: list[_Answer] = []
         self._untold: list[_Answer] = []  # complete, but for callers that are behind
@@ -197,7 +202,7 @@ class Scheduler:
             request = self._waiting.popleft()
             slot, source, n_common = self._place(request.prompt)
             try:
-                answer = _Answer(request, slot)
+                answer = _Answer(request, slot, next(self._turns))
             except InferpoolError as error:
                 request.caller.fail(error)
                 continue
@@ -241,8 +246,8 @@ class Scheduler:
     def _n_common(self, slot: _Slot, prompt: Prompt) -> int:
         """How many of a prompt's tokens need not be decoded if it goes on from a slot's memory.
 
-        The last one's result is what the answer starts from, and it is to come out as if nothing
-        had been remembered.
+        The last one is, since the answer starts from its result; and as many before it as give
+        about the result that there would be without a memory.
         """
         least = self._least_rows if len(prompt.tokens) >= self._least_rows else 1
         return common_prefix(slot.tokens, prompt.tokens[:-least])
@@ -282,7 +287,8 @@ class Scheduler:
     def _keep(self, slot: _Slot, length: int) -> None:
         """Make sure that memory holds the first ``length`` tokens of a slot and no more."""
         if not self._context.truncate(slot.id, length):
-            # A recurrent model can't go back, but begin anew.
+            # A recurrent model can't go back, but begin anew, or go on from all that is there.
+            self._least_rows = 1
             length = 0
             self._context.truncate(slot.id, 0)
         del slot.tokens[length:]
@@ -313,24 +319,40 @@ class Scheduler:
             self._compute([(answer, answer.unread(1)) for answer in answers], self._abort)
 
     def _read_prompts(self) -> None:
-        """Decode a chunk of the prompts, shared out so that short ones are soon read."""
+        """Decode a chunk of the prompts, shared out so that short ones are soon read.
+
+        Pieces of equal length are decoded together, all others by themselves, which llama.cpp
+        would do one after the other anyway. What is left over of longer ones would be so few rows
+        that they are rounded as they are not without company, see `least_rows`.
+        """
         unread = [answer for answer in self._active if not answer.tokens or answer.n_unread > 1]
         if not unread:
             return
         alone = len(unread) == len(self._active)
         room = self._context.n_batch if alone else min(self._context.n_batch, _SHARED_CHUNK)
         least = min(self._least_rows, room // 2)
-        unread.sort(key=lambda answer: answer.n_unread)
+        unread.sort(key=lambda answer: answer.turn)
         chunks = []
         for index, answer in enumerate(unread):
-            n = chunk_length(answer.n_unread, room // (len(unread) - index), least)
+            n = piece_length(answer.n_unread, room // (len(unread) - index), least)
             if n <= room:
                 room -= n
                 chunks.append((answer, answer.unread(n)))
-        # Each by itself, so that what comes of a prompt does not depend on its company. llama.cpp
-        # computes sequences of unequal length one after the other anyway.
-        for answer, chunk in chunks:
-            self._compute([(answer, chunk)], answer.caller.abort)
+
+        def order(each: _Chunk) -> tuple[bool, int]:
+            # Whoever can begin to answer then need not wait for a piece of another's prompt.
+            answer, chunk = each
+            return len(chunk) < answer.n_unread, len(chunk)
+
+        for _, together in groupby(sorted(chunks, key=order), order):
+            self._read(list(together))
+
+    def _read(self, chunks: Sequence[_Chunk]) -> None:
+        """Decode pieces of prompts, each of which its caller may end."""
+        for answer, _ in chunks:
+            answer.turn = next(self._turns)
+        aborts = (answer.caller.abort for answer, _ in chunks)
+        self._compute(chunks, functools.reduce(lambda one, other: one.union(other), aborts))
 
     def _compute(self, chunks: Sequence[_Chunk], abort: AbortToken | None) -> None:
         """Decode the next tokens of answers, and draw one for each that has none left."""
@@ -390,10 +412,10 @@ class Scheduler:
                 self._untold.append(answer)
 
 
-def chunk_length(n_unread: int, share: int, least: int) -> int:
+def piece_length(n_unread: int, share: int, least: int) -> int:
     """How many of a prompt's tokens to decode next: about ``share``.
 
-    No prompt of ``least`` tokens or more is cut into chunks of fewer, see `least_rows`.
+    No prompt of ``least`` tokens or more is cut into pieces of fewer.
     """
     if n_unread <= max(share, 2 * least - 1):
         return n_unread

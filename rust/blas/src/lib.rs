@@ -6,9 +6,12 @@
 //! own, which get in the way of OpenMP's, and knows fewer CPUs.
 
 use std::ffi::{c_int, c_uint, c_void};
+use std::panic::catch_unwind;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use gemm_common::Parallelism;
+use gemm_common::cache::CACHE_INFO;
 use gemm_f32::gemm::f32::get_gemm_fn;
 
 // Values of cblas.h, https://netlib.org/blas/cblas.h.
@@ -19,6 +22,13 @@ const OPENMP: c_int = 2;
 
 /// Rows of a part: a multiple of what the kernels for AVX-512, AVX2 and NEON compute together.
 const BLOCK: usize = 48;
+
+/// Bytes of L2 cache for each CPU. With half of it `gemm` divides by zero, or never ends.
+const LEAST_L2: usize = 192 * 1024;
+
+/// Whether `gemm` can do with what this machine says of its caches. A fourth level makes it panic.
+static CACHES_ARE_KNOWN: LazyLock<bool> =
+    LazyLock::new(|| catch_unwind(|| CACHE_INFO[1].cache_bytes >= LEAST_L2).unwrap_or(false));
 
 static NUM_THREADS: AtomicU32 = AtomicU32::new(1);
 
@@ -57,6 +67,16 @@ impl Operand {
             column_stride,
         }
     }
+
+    /// One element.
+    ///
+    /// # Safety
+    /// It must lie in the matrix.
+    unsafe fn get(&self, row: usize, column: usize) -> f32 {
+        let offset = row as isize * self.row_stride + column as isize * self.column_stride;
+        // SAFETY: the caller vouches for it.
+        unsafe { *self.data.offset(offset) }
+    }
 }
 
 /// `c = alpha * a * b + beta * c` with the columns of `c` one after the other.
@@ -84,6 +104,10 @@ impl Product {
         if begin == end {
             return;
         }
+        if !*CACHES_ARE_KNOWN {
+            // SAFETY: the caller vouches for it.
+            return unsafe { self.compute_plainly(begin, end) };
+        }
         // SAFETY: `begin..end` lies within the rows of a and c; the caller vouches for those.
         unsafe {
             get_gemm_fn()(
@@ -107,6 +131,28 @@ impl Product {
                 false,
                 Parallelism::None,
             );
+        }
+    }
+
+    /// Computes the rows `begin..end` without `gemm`, which takes many times as long.
+    ///
+    /// # Safety
+    /// As for [`cblas_sgemm`]; nobody else computes these rows, and there are as many.
+    unsafe fn compute_plainly(&self, begin: usize, end: usize) {
+        for column in 0..self.columns {
+            for row in begin..end {
+                // SAFETY: the caller vouches for the matrices and their sizes.
+                unsafe {
+                    let terms = (0..self.depth).map(|l| self.a.get(row, l) * self.b.get(l, column));
+                    let product = self.alpha * terms.sum::<f32>();
+                    let target = self.c.add(row + column * self.c_stride as usize);
+                    *target = if self.beta == 0.0 {
+                        product
+                    } else {
+                        product + self.beta * *target
+                    };
+                }
+            }
         }
     }
 }
@@ -184,4 +230,46 @@ pub extern "C" fn openblas_set_num_threads(num_threads: c_int) {
 #[unsafe(no_mangle)]
 pub extern "C" fn openblas_get_parallel() -> c_int {
     OPENMP
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_come_out_alike_without_gemm() {
+        let values: Vec<f32> = (0..5000u16)
+            .map(|n| f32::from(n % 89) / 89.0 - 0.5)
+            .collect();
+        for (trans, beta) in [(NO_TRANS, 0.0), (NO_TRANS, 0.5), (NO_TRANS + 1, 0.5)] {
+            let mut results = [vec![1.0; 60 * 50], vec![1.0; 60 * 50]];
+            for (plainly, c) in results.iter_mut().enumerate() {
+                let product = Product {
+                    rows: 50,
+                    columns: 50,
+                    depth: 55,
+                    alpha: 2.0,
+                    a: Operand::new(values.as_ptr(), 60, trans),
+                    b: Operand::new(values.as_ptr(), 60, trans),
+                    beta,
+                    c: c.as_mut_ptr(),
+                    c_stride: 60,
+                };
+                // SAFETY: 60 floats from column to column, or row to row, for at most 55 of them.
+                unsafe {
+                    if plainly == 1 {
+                        product.compute_plainly(0, 50);
+                    } else {
+                        product.compute(0, 1);
+                    }
+                }
+            }
+            let [gemm, plain] = results;
+            assert!(
+                gemm.iter()
+                    .zip(plain)
+                    .all(|(one, other)| (one - other).abs() < 1e-3)
+            );
+        }
+    }
 }
