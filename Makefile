@@ -1,4 +1,4 @@
-# A fresh machine needs Python 3.11+, a stable Rust toolchain, a C++ compiler, make and git.
+# A fresh machine needs Python 3.11+, a stable Rust toolchain, GCC's C++ compiler, make and git.
 # Paths stay relative, so that a checkout whose own path has spaces works too.
 
 PYTHON ?= python3
