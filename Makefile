@@ -1,5 +1,5 @@
 # A fresh machine needs Python 3.11+, a stable Rust toolchain, GCC's C++ compiler, make and git.
-# Paths stay relative, so that a checkout whose own path has spaces works too.
+# Paths stay relative or quoted, so that a checkout whose own path has spaces works too.
 
 PYTHON ?= python3
 FUZZ_SECONDS ?= 300

@@ -141,8 +141,7 @@ class Scheduler:
         self._batch = Batch(context.n_batch)
         self._least_rows = least_rows()
         self._slots = [_Slot(id) for id in range(context.n_seq_max)]
-        self._n_admitted = 0
-        self._turns = count()
+        self._turns = count(1)
         self._waiting: deque[_Request] = deque()
         self._active: list[_Answer] = []
         self._untold: list[_Answer] = []  # complete, but for callers that are behind
@@ -201,16 +200,16 @@ class Scheduler:
         while self._waiting and len(self._active) < len(self._slots):
             request = self._waiting.popleft()
             slot, source, n_common = self._place(request.prompt)
+            turn = next(self._turns)
             try:
-                answer = _Answer(request, slot, next(self._turns))
+                answer = _Answer(request, slot, turn)
             except InferpoolError as error:
                 request.caller.fail(error)
                 continue
             if source is not slot:
                 self._copy(source, slot)
             self._keep(slot, n_common)
-            self._n_admitted += 1
-            slot.used = self._n_admitted
+            slot.used = turn
             slot.free = False
             self._active.append(answer)
 
@@ -246,8 +245,8 @@ class Scheduler:
     def _n_common(self, slot: _Slot, prompt: Prompt) -> int:
         """How many of a prompt's tokens need not be decoded if it goes on from a slot's memory.
 
-        The last one is, since the answer starts from its result; and as many before it as give
-        about the result that there would be without a memory.
+        The last one is, since the answer starts from its result; and as many before it as are
+        rounded as they are without a memory, see `least_rows`.
         """
         least = self._least_rows if len(prompt.tokens) >= self._least_rows else 1
         return common_prefix(slot.tokens, prompt.tokens[:-least])
