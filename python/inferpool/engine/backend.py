@@ -29,7 +29,6 @@ except (AttributeError, OSError, RuntimeError) as error:
 
 __all__ = [
     "init_backend",
-    "least_rows",
     "lib",
     "may_repack",
     "missing_symbols",
@@ -108,9 +107,7 @@ _REQUIRED = {
 }
 
 # Not bound by llama_cpp, but exported by what it loads.
-_UNBOUND = ["ggml_backend_reg_by_name", "ggml_set_abort_callback"]
-
-_BLAS_ROWS = 32  # min_batch in ggml-blas.cpp
+_UNBOUND = ["ggml_set_abort_callback"]
 
 # What compilers write into the section .comment of a library, and requirements/llama-cpp.h does.
 _GCC_VERSION = re.compile(rb"GCC: \([^)]*\) (\d+)\.(\d+)\.")
@@ -196,18 +193,6 @@ def init_backend() -> None:
     lib.llama_log_set(native_bridge, ctypes.c_void_p(0))
     lib._lib.ggml_set_abort_callback(_native_on_abort)
     lib.llama_backend_init()
-
-
-@functools.cache
-def least_rows() -> int:
-    """From how many rows on products are rounded alike, and take less time for each.
-
-    That is where a BLAS begins to take them, if llama.cpp has one: it multiplies in floats what
-    the other kernels multiply in 8 bits.
-    """
-    find = lib._lib.ggml_backend_reg_by_name
-    find.argtypes, find.restype = [ctypes.c_char_p], ctypes.c_void_p
-    return _BLAS_ROWS if find(b"BLAS") else 1
 
 
 def model_params() -> lib.llama_model_params:

@@ -1,8 +1,8 @@
 """Continuous batching: many answers from one context, a step at a time.
 
-A step decodes the next token of every answer that has begun, then a chunk of tokens of the prompts
-that have not been read to their end, shared out among those whose turn it is. So nobody's answer
-stands still for longer than a chunk takes, and a short prompt does not wait for a long one.
+A step decodes the next token of every answer that has begun, then a chunk of the prompts that
+have not been read to their end, shared out among them. So nobody's answer stands still for longer
+than a chunk takes, and a short prompt does not wait for a long one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import count, groupby
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from inferpool.engine.abort import AbortToken
 from inferpool.engine.answer import Answer
-from inferpool.engine.backend import least_rows
 from inferpool.engine.context import Batch, Context
 from inferpool.engine.prompt import Prompt
 from inferpool.errors import CallCancelled, InferpoolError
@@ -87,10 +86,9 @@ class _Answer(Answer):
 
     Attributes:
         slot: where its memory is.
-        turn: orders those whose prompts are being read; the least is next.
     """
 
-    def __init__(self, request: _Request, slot: _Slot, turn: int) -> None:
+    def __init__(self, request: _Request, slot: _Slot) -> None:
         """Begin to answer.
 
         Raises:
@@ -99,7 +97,6 @@ class _Answer(Answer):
         super().__init__(request.prompt, request.since)
         self.caller = request.caller
         self.slot = slot
-        self.turn = turn
 
     @property
     def n_unread(self) -> int:
@@ -139,9 +136,8 @@ class Scheduler:
         self._context = context
         self._abort = abort
         self._batch = Batch(context.n_batch)
-        self._least_rows = least_rows()
         self._slots = [_Slot(id) for id in range(context.n_seq_max)]
-        self._turns = count(1)
+        self._n_admitted = 0
         self._waiting: deque[_Request] = deque()
         self._active: list[_Answer] = []
         self._untold: list[_Answer] = []  # complete, but for callers that are behind
@@ -200,16 +196,16 @@ class Scheduler:
         while self._waiting and len(self._active) < len(self._slots):
             request = self._waiting.popleft()
             slot, source, n_common = self._place(request.prompt)
-            turn = next(self._turns)
             try:
-                answer = _Answer(request, slot, turn)
+                answer = _Answer(request, slot)
             except InferpoolError as error:
                 request.caller.fail(error)
                 continue
             if source is not slot:
                 self._copy(source, slot)
             self._keep(slot, n_common)
-            slot.used = turn
+            self._n_admitted += 1
+            slot.used = self._n_admitted
             slot.free = False
             self._active.append(answer)
 
@@ -220,7 +216,7 @@ class Scheduler:
         under way, see `_close_ranks`.
         """
         n_common, source = max(
-            ((self._n_common(slot, prompt), slot) for slot in self._slots),
+            ((common_prefix(slot.tokens, prompt.tokens), slot) for slot in self._slots),
             key=lambda entry: (entry[0], entry[1].free),
         )
         busy = {answer.slot.id for answer in self._active}
@@ -235,21 +231,12 @@ class Scheduler:
         )
         if n_common < _LEAST_REUSE or not prompt.may_reuse:
             return oldest, oldest, 0
-        if self._n_common(oldest, prompt) == n_common:
+        if common_prefix(oldest.tokens, prompt.tokens) == n_common:
             return oldest, oldest, n_common
         # A memory that goes on for long after the common beginning may be asked for again.
         if source.free and 2 * n_common >= len(source.tokens):
             return source, source, n_common
         return oldest, source, n_common
-
-    def _n_common(self, slot: _Slot, prompt: Prompt) -> int:
-        """How many of a prompt's tokens need not be decoded if it goes on from a slot's memory.
-
-        The last one is, since the answer starts from its result; and as many before it as are
-        rounded as they are without a memory, see `least_rows`.
-        """
-        least = self._least_rows if len(prompt.tokens) >= self._least_rows else 1
-        return common_prefix(slot.tokens, prompt.tokens[:-least])
 
     def _close_ranks(self) -> None:
         """Move answers so that their slots are neighbours, the only ones that are decoded together.
@@ -286,8 +273,7 @@ class Scheduler:
     def _keep(self, slot: _Slot, length: int) -> None:
         """Make sure that memory holds the first ``length`` tokens of a slot and no more."""
         if not self._context.truncate(slot.id, length):
-            # A recurrent model can't go back, but begin anew, or go on from all that is there.
-            self._least_rows = 1
+            # A recurrent model can't go back, but begin anew.
             length = 0
             self._context.truncate(slot.id, 0)
         del slot.tokens[length:]
@@ -321,20 +307,19 @@ class Scheduler:
         """Decode a chunk of the prompts, shared out so that short ones are soon read.
 
         Pieces of equal length are decoded together, all others by themselves, which llama.cpp
-        would do one after the other anyway. What is left over of longer ones would be so few rows
-        that they are rounded as they are not without company, see `least_rows`.
+        would do one after the other anyway. What is left over of longer ones would be rounded as
+        it is not without company: attention takes 64 tokens and more another way.
         """
         unread = [answer for answer in self._active if not answer.tokens or answer.n_unread > 1]
         if not unread:
             return
         alone = len(unread) == len(self._active)
         room = self._context.n_batch if alone else min(self._context.n_batch, _SHARED_CHUNK)
-        least = min(self._least_rows, room // 2)
-        unread.sort(key=lambda answer: answer.turn)
+        unread.sort(key=lambda answer: answer.n_unread)
         chunks = []
         for index, answer in enumerate(unread):
-            n = piece_length(answer.n_unread, room // (len(unread) - index), least)
-            if n <= room:
+            n = min(answer.n_unread, room // (len(unread) - index))
+            if n:
                 room -= n
                 chunks.append((answer, answer.unread(n)))
 
@@ -343,15 +328,10 @@ class Scheduler:
             answer, chunk = each
             return len(chunk) < answer.n_unread, len(chunk)
 
-        for _, together in groupby(sorted(chunks, key=order), order):
-            self._read(list(together))
-
-    def _read(self, chunks: Sequence[_Chunk]) -> None:
-        """Decode pieces of prompts, each of which its caller may end."""
-        for answer, _ in chunks:
-            answer.turn = next(self._turns)
-        aborts = (answer.caller.abort for answer, _ in chunks)
-        self._compute(chunks, functools.reduce(lambda one, other: one.union(other), aborts))
+        for _, group in groupby(sorted(chunks, key=order), order):
+            together = list(group)
+            aborts = (answer.caller.abort for answer, _ in together)
+            self._compute(together, functools.reduce(lambda one, other: one.union(other), aborts))
 
     def _compute(self, chunks: Sequence[_Chunk], abort: AbortToken | None) -> None:
         """Decode the next tokens of answers, and draw one for each that has none left."""
@@ -411,18 +391,11 @@ class Scheduler:
                 self._untold.append(answer)
 
 
-def piece_length(n_unread: int, share: int, least: int) -> int:
-    """How many of a prompt's tokens to decode next: about ``share``.
-
-    No prompt of ``least`` tokens or more is cut into pieces of fewer.
-    """
-    if n_unread <= max(share, 2 * least - 1):
-        return n_unread
-    return min(max(share, least), n_unread - least)
-
-
 def common_prefix(memory: Sequence[int], prompt: npt.NDArray[np.int32]) -> int:
-    """How many tokens both begin with."""
-    n = min(len(memory), len(prompt))
+    """How many tokens both begin with, the prompt's last excepted.
+
+    That one is decoded again in any case, since its result is what the answer starts from.
+    """
+    n = min(len(memory), len(prompt) - 1)
     differing = np.flatnonzero(np.array(memory[:n], np.int32) != prompt[:n])
     return int(differing[0]) if differing.size else n
