@@ -12,7 +12,8 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/sandbox rust/transport rust/python \
 	-name '*.rs' -o -name Cargo.toml)
-LLAMA_CPP_RECIPE := requirements/llama-cpp.sh requirements/llama-cpp.h $(shell find rust/matmul -type f)
+LLAMA_CPP_RECIPE := requirements/llama-cpp.sh requirements/llama-cpp.h Cargo.toml Cargo.lock \
+	$(filter-out %/tests.rs,$(shell find rust/matmul -type f))
 HOST_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 
 # What cargo-fuzz passes on a nightly toolchain; LLVM's coverage pass itself needs no nightly.

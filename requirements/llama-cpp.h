@@ -1,7 +1,7 @@
 /*
- * Included before each C++ source of llama.cpp while llama-cpp-python is built (see the Makefile):
- * what its CPU kernels need on Intel's CPUs with AMX.
+ * Included before each source of llama.cpp while llama-cpp-python is built (see llama-cpp.sh).
  */
+#ifdef __cplusplus
 #if defined(__AVX512FP16__)
 /*
  * With it ggml adds up the values of attention 128 at a time, and what is left one by one: heads of
@@ -30,4 +30,18 @@ struct __attribute__((may_alias)) tile_configuration_bytes {
                      : "m"(*reinterpret_cast<const tile_configuration_bytes *>(configuration)))
 
 __asm__(".ident \"ldtilecfg: 64 bytes\"");
+#endif
+
+#else
+/*
+ * In C only ggml's product of matrices calls llamafile_sgemm, which is C++. With this it calls
+ * rust/matmul, which calls llamafile_sgemm. Once ggml declares it otherwise, this does not compile.
+ */
+#define llamafile_sgemm inferpool_mul_mat
+
+struct ggml_compute_params;
+_Bool llamafile_sgemm(const struct ggml_compute_params *params, __INT64_TYPE__ m, __INT64_TYPE__ n,
+                      __INT64_TYPE__ k, const void *a, __INT64_TYPE__ lda, const void *b,
+                      __INT64_TYPE__ ldb, void *c, __INT64_TYPE__ ldc, int a_type, int b_type,
+                      int c_type);
 #endif

@@ -11,6 +11,7 @@ from engine_fakes import CountdownAbort, FakeCaller
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inferpool.engine import scheduler
 from inferpool.engine.backend import lib
 from inferpool.engine.chat import ChatEngine
 from inferpool.engine.context import Context
@@ -196,6 +197,30 @@ def test_a_prompt_that_ends_in_a_chunk_after_a_part_of_another_is_read_once(
     finish(narrow)
     narrow.close()
     assert [caller.text for caller in callers] == [alone.text] * 2
+
+
+def test_long_prompts_are_cut_into_equal_pieces(
+    engine: ChatEngine, decoded: list[list[int]]
+) -> None:
+    for _ in range(3):
+        submit(engine, LONG, cache_prompt=False)
+    engine.step()
+    assert [sorted(batch) for batch in decoded] == [[0] * 21 + [1] * 21 + [2] * 21]
+    finish(engine)
+
+
+def test_all_prompts_go_on_though_they_are_more_than_the_tokens_of_a_chunk(
+    engine: ChatEngine, decoded: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_SHARED_CHUNK", 1)
+    submit(engine, "Tell me a story.", max_tokens=20)
+    while len(decoded) < 2:
+        engine.step()
+    for _ in range(2):
+        submit(engine, LONG, cache_prompt=False)
+    engine.step()
+    assert len(set(decoded[-1])) == 2
+    finish(engine)
 
 
 def test_a_long_prompt_is_read_though_short_ones_come_without_end(model: Model) -> None:

@@ -306,22 +306,24 @@ class Scheduler:
     def _read_prompts(self) -> None:
         """Decode a chunk of the prompts, shared out so that short ones are soon read.
 
-        Pieces of equal length are decoded together, all others by themselves, which llama.cpp
-        would do one after the other anyway. What is left over of longer ones would be rounded as
-        it is not without company: attention takes 64 tokens and more another way.
+        Pieces of equal length are decoded together, all others by themselves: llama.cpp would
+        compute them one after the other anyway, and cut the longer ones where a shorter one ends.
         """
         unread = [answer for answer in self._active if not answer.tokens or answer.n_unread > 1]
         if not unread:
             return
-        alone = len(unread) == len(self._active)
-        room = self._context.n_batch if alone else min(self._context.n_batch, _SHARED_CHUNK)
+        room = self._context.n_batch
+        if len(unread) < len(self._active):
+            room = min(room, max(_SHARED_CHUNK, len(unread)))
         unread.sort(key=lambda answer: answer.n_unread)
         chunks = []
         for index, answer in enumerate(unread):
-            n = min(answer.n_unread, room // (len(unread) - index))
-            if n:
-                room -= n
-                chunks.append((answer, answer.unread(n)))
+            n_left = len(unread) - index
+            n = min(answer.n_unread, room // n_left)
+            if n < answer.n_unread:
+                room = n * n_left  # equal pieces of all that follow
+            room -= n
+            chunks.append((answer, answer.unread(n)))
 
         def order(each: _Chunk) -> tuple[bool, int]:
             # Whoever can begin to answer then need not wait for a piece of another's prompt.

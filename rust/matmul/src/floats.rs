@@ -27,13 +27,11 @@ static CACHES_ARE_KNOWN: LazyLock<bool> =
 /// # Safety
 /// The matrices must be valid for their sizes, with blocks that are floats, and nobody else may use this part of `c`.
 pub unsafe fn compute(product: &Product, part: Part) -> bool {
-    if product.n < LEAST_ROWS || !*CACHES_ARE_KNOWN {
+    let is_worth_it = product.n >= LEAST_ROWS && product.m >= STEP * part.count;
+    if !is_worth_it || !*CACHES_ARE_KNOWN {
         return false;
     }
     let rows = part.of(product.m, STEP);
-    if rows.is_empty() {
-        return true;
-    }
     // SAFETY: the rows are within `a`, and as many floats within each row of `c`. Those rows are columns to `gemm`.
     unsafe {
         get_gemm_fn()(

@@ -15,8 +15,11 @@ use std::ops::Range;
 
 // Of ggml.h's enum ggml_type.
 const F32: c_int = 0;
+#[cfg(target_arch = "x86_64")]
 const Q4_1: c_int = 3;
+#[cfg(target_arch = "x86_64")]
 const Q8_0: c_int = 8;
+#[cfg(target_arch = "x86_64")]
 const Q8_1: c_int = 9;
 
 // By which a library that this is linked into can be told from others.
@@ -43,7 +46,7 @@ impl Part {
     /// This part of `rows` rows: a multiple of `step` but for the last one.
     fn of(self, rows: usize, step: usize) -> Range<usize> {
         let steps = rows.div_ceil(step);
-        let begin = |index: usize| (steps * index / self.count.max(1) * step).min(rows);
+        let begin = |index: usize| (steps * index / self.count * step).min(rows);
         begin(self.index)..begin(self.index + 1)
     }
 }
@@ -82,7 +85,7 @@ unsafe extern "C" {
 }
 
 /// Computes the calling thread's part of a product as ggml's `llamafile_sgemm` does, or has that do it; false if neither
-/// can, which all of the threads are told.
+/// can, the same for all threads.
 ///
 /// Row `j` of the `n` rows of `c`, which are `ldc` floats apart, gets the product of row `j` of `b` with each of the `m`
 /// rows of `a`. Rows of `a` and `b` are of `k` blocks of their types, and `lda` and `ldb` blocks apart. A block of floats

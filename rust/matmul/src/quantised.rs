@@ -3,8 +3,8 @@
 //! A register holds four weights of each of 16 rows, or of 8. So they are unpacked once for up to 16 rows of activations,
 //! these are read once for all the rows in a register, and nothing is added up across one.
 //!
-//! What comes out for a row of activations does not depend on how many there are, nor on the CPU: the products of a block
-//! are added up in integers, and then to those of the blocks before it.
+//! What comes out for a row of activations does not depend on how many there are, nor on the kernel: the products of a
+//! block are added up in integers, and then to those of the blocks before it.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -19,7 +19,7 @@ const WIDEST: usize = 16;
 /// Blocks of a row that are multiplied before the next row's.
 const PANEL: usize = 64;
 /// Bytes of weights that stay in a CPU's cache for all of the activations.
-const CHUNK: usize = 128 * 1024;
+const CHUNK: usize = 256 * 1024;
 /// Bytes that a CPU fetches together.
 const CACHE_LINE: usize = 64;
 
@@ -119,7 +119,8 @@ pub fn has_avx2() -> bool {
 /// Computes the products with the rows `mine` of `a`, `lanes` of them at once.
 ///
 /// # Safety
-/// As for [`compute`]; with 16 lanes the CPU must have AVX-512 VNNI, with 8 AVX2, FMA and F16C.
+/// As for [`compute`]. With 16 lanes the CPU must have AVX-512 VNNI; with 8 it must have AVX2, FMA and F16C, and `F` must
+/// be [`Q4_1`].
 pub unsafe fn compute_rows<F: Format>(product: &Product, mine: Range<usize>, lanes: usize) {
     let chunk = if product.n == width(product.n) {
         mine.len()
@@ -176,22 +177,22 @@ fn width(left: usize) -> usize {
 
 fn kernel<F: Format>(lanes: usize, width: usize) -> Multiply {
     macro_rules! of_width {
-        ($multiply:ident) => {
+        ($multiply:ident $(, $format:ty)?) => {
             match width {
-                1 => $multiply::<F, 1>,
-                2 => $multiply::<F, 2>,
-                3 => $multiply::<F, 3>,
-                4 => $multiply::<F, 4>,
-                5 => $multiply::<F, 5>,
-                6 => $multiply::<F, 6>,
-                7 => $multiply::<F, 7>,
-                8 => $multiply::<F, 8>,
-                _ => $multiply::<F, WIDEST>,
+                1 => $multiply::<$($format,)? 1>,
+                2 => $multiply::<$($format,)? 2>,
+                3 => $multiply::<$($format,)? 3>,
+                4 => $multiply::<$($format,)? 4>,
+                5 => $multiply::<$($format,)? 5>,
+                6 => $multiply::<$($format,)? 6>,
+                7 => $multiply::<$($format,)? 7>,
+                8 => $multiply::<$($format,)? 8>,
+                _ => $multiply::<$($format,)? WIDEST>,
             }
         };
     }
     match lanes {
-        16 => of_width!(multiply_avx512),
+        16 => of_width!(multiply_avx512, F),
         _ => of_width!(multiply_avx2),
     }
 }
@@ -230,19 +231,30 @@ fn rows<const LANES: usize>(tile: &Tile) -> [*const u8; LANES] {
     })
 }
 
-/// Fetches what the next tile will need of its weights while block `block` of this one is multiplied. The CPU itself
-/// does not see that so many short rows lie one after the other.
-#[inline(always)]
-fn prefetch<F: Format, const LANES: usize>(
-    rows: &[*const u8; LANES],
-    block: usize,
-    next_tile: usize,
-) {
-    let lines = (LANES * F::WEIGHTS).div_ceil(CACHE_LINE);
-    for line in lines * block..lines * (block + 1) {
-        let address = rows[line % LANES].wrapping_add(next_tile + line / LANES * CACHE_LINE);
-        // SAFETY: it does nothing if nothing is there.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+/// Fetches the weights of the next tile while those of this one are multiplied, row after row. The CPU by itself sees 16
+/// short rows, not that they lie one after the other; nor does it if they are fetched in another order.
+struct Ahead {
+    row: usize,
+    offset: usize,
+}
+
+impl Ahead {
+    const BEGIN: Self = Self { row: 0, offset: 0 };
+
+    /// Fetches as much as a block of each of the rows has, which are those of this tile.
+    #[inline(always)]
+    fn fetch<F: Format, const LANES: usize>(&mut self, tile: &Tile, rows: &[*const u8; LANES]) {
+        for _ in 0..(LANES * F::WEIGHTS).div_ceil(CACHE_LINE) {
+            let next_tile = LANES * tile.weights_stride;
+            let address = rows[self.row % LANES].wrapping_add(next_tile + self.offset);
+            // SAFETY: it does nothing if nothing is there.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+            self.offset += CACHE_LINE;
+            if self.offset >= tile.blocks * F::WEIGHTS {
+                self.offset -= tile.blocks * F::WEIGHTS;
+                self.row += 1;
+            }
+        }
     }
 }
 
@@ -278,6 +290,7 @@ unsafe fn transpose_16(rows: &[*const u8; 16], offset: usize) -> [__m512i; 4] {
 unsafe fn multiply_avx512<F: Format, const COLUMNS: usize>(tile: &Tile) {
     let rows = rows::<16>(tile);
     let mask = u16::MAX >> (16 - tile.rows);
+    let mut ahead = Ahead::BEGIN;
     let mut sums = [_mm512_setzero_ps(); COLUMNS];
     // SAFETY: the caller vouches for the tile.
     unsafe {
@@ -288,7 +301,7 @@ unsafe fn multiply_avx512<F: Format, const COLUMNS: usize>(tile: &Tile) {
             }
         }
         for block in 0..tile.blocks {
-            prefetch::<F, 16>(&rows, block, 16 * tile.weights_stride);
+            ahead.fetch::<F, 16>(tile, &rows);
             let begin = block * F::WEIGHTS;
             let [halves, ..] = transpose_16(&rows, begin);
             let scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves));
@@ -357,9 +370,9 @@ unsafe fn transpose_8(rows: &[*const u8; 8], offset: usize) -> [__m256i; 4] {
     ]
 }
 
-/// For weights that are packed.
+/// For [`Q4_1`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_avx2<F: Format, const COLUMNS: usize>(tile: &Tile) {
+unsafe fn multiply_avx2<const COLUMNS: usize>(tile: &Tile) {
     let rows = rows::<8>(tile);
     let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(tile.rows as i32), lanes);
@@ -368,6 +381,7 @@ unsafe fn multiply_avx2<F: Format, const COLUMNS: usize>(tile: &Tile) {
         let pairs = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(words, words));
         _mm256_cvtph_ps(_mm256_castsi256_si128(pairs))
     };
+    let mut ahead = Ahead::BEGIN;
     let mut sums = [_mm256_setzero_ps(); COLUMNS];
     // SAFETY: the caller vouches for the tile.
     unsafe {
@@ -378,12 +392,12 @@ unsafe fn multiply_avx2<F: Format, const COLUMNS: usize>(tile: &Tile) {
             }
         }
         for block in 0..tile.blocks {
-            prefetch::<F, 8>(&rows, block, 8 * tile.weights_stride);
-            let begin = block * F::WEIGHTS;
+            ahead.fetch::<Q4_1, 8>(tile, &rows);
+            let begin = block * Q4_1::WEIGHTS;
             let [halves, ..] = transpose_8(&rows, begin);
             let scale = to_floats(_mm256_and_si256(halves, _mm256_set1_epi32(0xffff)));
             let least = to_floats(_mm256_srli_epi32::<16>(halves));
-            let packed = transpose_8(&rows, begin + F::HEAD);
+            let packed = transpose_8(&rows, begin + Q4_1::HEAD);
             let weights: [__m256i; 8] = std::array::from_fn(|word| match packed.get(word) {
                 Some(&pairs) => _mm256_and_si256(pairs, low),
                 None => _mm256_and_si256(_mm256_srli_epi32::<4>(packed[word - 4]), low),
@@ -392,7 +406,7 @@ unsafe fn multiply_avx2<F: Format, const COLUMNS: usize>(tile: &Tile) {
                 let side = &*tile.sides.add(block * COLUMNS + column);
                 let activations = tile
                     .activations
-                    .add(column * tile.activations_stride + block * F::ACTIVATIONS + F::HEAD)
+                    .add(column * tile.activations_stride + block * Q4_1::ACTIVATIONS + Q4_1::HEAD)
                     .cast::<i32>();
                 // 16 products of 15 and -128 at most, which 16 bits can hold.
                 let mut dots = _mm256_setzero_si256();
