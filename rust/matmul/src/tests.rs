@@ -236,10 +236,18 @@ fn what_is_not_computed_is_passed_on_to_ggml() {
         let passed_on = [2, n as i64, 4, 5, 6, 7, 1, 1, 0];
         assert_eq!(PASSED_ON.get(), Some(passed_on));
     }
-    // Too few rows of activations, and of weights.
-    for n in [40, 64] {
-        assert!(!ask(&product(n), part, [F32, F32]));
-    }
+    // Too few rows of activations, and of weights for each thread.
+    let few = Product {
+        m: 100,
+        ..product(40)
+    };
+    assert!(!ask(&few, part, [F32, F32]));
+    let few = Product {
+        m: 100,
+        ..product(64)
+    };
+    let part = Part { index: 0, count: 3 };
+    assert!(!ask(&few, part, [F32, F32]));
 }
 
 #[cfg(target_arch = "x86_64")]
