@@ -12,8 +12,8 @@ use crate::{Part, Product};
 /// Rows of `b` from which on `gemm` takes less time than ggml: measured on an AMD Zen 4.
 const LEAST_ROWS: usize = 64;
 
-/// Rows of `a` in a part: a multiple of what the kernels for AVX-512, AVX2 and NEON compute together.
-const STEP: usize = 48;
+/// Rows of `a` in a part: a multiple of the 64 that `gemm` computes together with AVX-512, and of the 16 with AVX2.
+const STEP: usize = 64;
 
 /// Bytes of L2 cache for each CPU. With half of it `gemm` divides by zero, or never ends.
 const LEAST_L2: usize = 192 * 1024;
